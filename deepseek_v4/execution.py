@@ -1,0 +1,52 @@
+"""How a model is executed: arithmetic, simulated quantisation, placement and kernel choice, as one static value."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from deepseek_v4.sharding import Placement
+
+SIMULATIONS = ("kv", "indexer", "activations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Static choices of one compiled program; hashable, never traced.
+
+    ``dtype`` is the activation dtype ("float32" or "bfloat16"). ``simulate`` names the parts of the released
+    deployment quantisation to reproduce: ``kv`` (E4M3 non-RoPE dims of every KV entry), ``indexer`` (Hadamard and
+    E2M1 of index queries and keys), ``activations`` (E4M3 inputs of FP8/FP4 linears); architecture section 7.
+    ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
+    of the backend). Raises ``ValueError`` for an unknown dtype or simulation.
+    """
+
+    dtype: str = "bfloat16"
+    simulate: frozenset[str] = frozenset()
+    placement: "Placement | None" = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "simulate", frozenset(self.simulate))
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: expected 'float32' or 'bfloat16', found {self.dtype!r}")
+        unknown = self.simulate - set(SIMULATIONS)
+        if unknown:
+            raise ValueError(f"simulate: unknown {sorted(unknown)}, expected any of {list(SIMULATIONS)}")
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        """The dtype of the residual streams and of matmul inputs."""
+        return jnp.dtype(self.dtype)
+
+    def constrain(self, x: jax.Array, axes: Iterable[str | None]) -> jax.Array:
+        """Asks the partitioner to lay out ``x`` by logical axes; the identity on one device."""
+        return x if self.placement is None else self.placement.constrain(x, tuple(axes))
+
+
+def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 means float32: accelerators otherwise multiply float32 in bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

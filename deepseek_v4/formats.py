@@ -1,0 +1,203 @@
+"""The released number formats: E2M1 nibbles, E4M3, E8M0 scales, and the activation quantisation they imply.
+
+Everything that knows how a quantised byte becomes a number lives here (architecture section 7). Scales multiply:
+value = code * scale. All functions are traceable and exact unless they say otherwise.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of the codes 0..7; codes 8..15 are their negatives."""
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+
+FP4_BLOCK = 32
+"""Inputs that share one scale of an FP4 weight row."""
+
+FP8_BLOCK = 128
+"""Rows and columns that share one scale of an FP8 weight."""
+
+KV_BLOCK = 64
+"""Channels of a KV entry that share one scale."""
+
+ACTIVATION_BLOCK = 128
+"""Channels of a linear's input that share one scale."""
+
+
+def decode_e8m0(scale: jax.Array) -> jax.Array:
+    """E8M0 bytes (uint8 or float8_e8m0fnu, any shape) to float32: 2^(byte - 127), 255 to NaN.
+
+    Byte 0 is 2^-127, a float32 subnormal that a backend may flush to zero when it is used.
+    """
+    byte = scale if scale.dtype == jnp.uint8 else lax.bitcast_convert_type(scale, jnp.uint8)
+    byte = byte.astype(jnp.uint32)
+    bits = jnp.where(byte == 0, jnp.uint32(1 << 22), byte << 23)
+    bits = jnp.where(byte == 255, jnp.uint32(0x7FC00000), bits)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def encode_e8m0(scale: jax.Array) -> jax.Array:
+    """Exact powers of two (float32) to float8_e8m0fnu; the inverse of ``decode_e8m0`` on normal numbers."""
+    bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
+    return lax.bitcast_convert_type((bits >> 23).astype(jnp.uint8), jnp.float8_e8m0fnu)
+
+
+def decode_scale(scale: jax.Array) -> jax.Array:
+    """A stored scale (E8M0, or float32 in the Base releases) to float32."""
+    return scale if scale.dtype == jnp.float32 else decode_e8m0(scale)
+
+
+def e2m1_to_float(code: jax.Array) -> jax.Array:
+    """E2M1 codes 0..15 (uint8) to float32, by arithmetic on the bits: 1 sign, 2 exponent, 1 mantissa."""
+    code = code.astype(jnp.uint32)
+    magnitude = code & 7
+    # Shifted into float32 position a normal code reads 2^-126 too small; code 1 (0.5) is the one subnormal.
+    normal = ((magnitude << 22) + jnp.uint32(126 << 23)).astype(jnp.uint32)
+    value = lax.bitcast_convert_type(normal, jnp.float32)
+    value = jnp.where(magnitude == 1, 0.5, jnp.where(magnitude == 0, 0.0, value))
+    return jnp.where(code & 8, -value, value)
+
+
+def float_to_e2m1(value: jax.Array) -> jax.Array:
+    """float32 to the nearest E2M1 code (uint8), ties to the even code, magnitudes above 6 saturate."""
+    magnitude = jnp.abs(value)
+    # The midpoints between neighbours; a tie goes to the neighbour whose code is even.
+    code = (
+        (magnitude > 0.25).astype(jnp.uint8)
+        + (magnitude >= 0.75)
+        + (magnitude > 1.25)
+        + (magnitude >= 1.75)
+        + (magnitude > 2.5)
+        + (magnitude >= 3.5)
+        + (magnitude > 5.0)
+    ).astype(jnp.uint8)
+    return code | (jnp.signbit(value).astype(jnp.uint8) << 3)
+
+
+def unpack_e2m1(packed: jax.Array) -> jax.Array:
+    """Packed FP4 [..., K/2] uint8 to codes [..., K]: the low nibble of a byte is the even index."""
+    low, high = packed & 15, packed >> 4
+    return jnp.stack([low, high], axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+
+
+def pack_e2m1(codes: jax.Array) -> jax.Array:
+    """Codes [..., K] to packed FP4 [..., K/2] uint8; the inverse of ``unpack_e2m1``."""
+    pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def dequantize_fp4(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """FP4 weights [..., N, K/2] with scales [..., N, K/32] to [..., N, K]; exact in float32 and bfloat16."""
+    values = e2m1_to_float(unpack_e2m1(packed))
+    groups = values.reshape(*scale.shape, FP4_BLOCK)
+    return (groups * decode_scale(scale)[..., None]).reshape(values.shape).astype(dtype)
+
+
+def dequantize_fp8(weight: jax.Array, scale: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """E4M3 weights [..., N, K] with scales [..., ceil(N/128), ceil(K/128)] to [..., N, K].
+
+    Exact in float32 and, with E8M0 scales, in bfloat16; F32 scales round once in bfloat16.
+    """
+    rows, columns = weight.shape[-2:]
+    expanded = jnp.repeat(jnp.repeat(decode_scale(scale), FP8_BLOCK, axis=-2), FP8_BLOCK, axis=-1)
+    return (weight.astype(jnp.float32) * expanded[..., :rows, :columns]).astype(dtype)
+
+
+def dequantize(weight: jax.Array, scale: jax.Array | None, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """A stored weight of any released format to ``dtype``: FP4 (uint8), FP8 (E4M3), or plain (no scale)."""
+    if scale is None:
+        return weight.astype(dtype)
+    if weight.dtype == jnp.uint8:
+        return dequantize_fp4(weight, scale, dtype)
+    return dequantize_fp8(weight, scale, dtype)
+
+
+def power_of_two_scale(amax: jax.Array, maximum: float) -> jax.Array:
+    """The smallest power of two s with amax / s <= maximum: 2^ceil(log2(amax / maximum)), from the exponent bits."""
+    ratio = amax.astype(jnp.float32) / jnp.float32(maximum)
+    bits = lax.bitcast_convert_type(ratio, jnp.uint32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return lax.bitcast_convert_type(exponent.astype(jnp.uint32) << 23, jnp.float32)
+
+
+def round_e4m3(value: jax.Array) -> jax.Array:
+    """float32 to E4M3, to nearest even, saturating at 448."""
+    return jnp.clip(value, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+
+
+def quantize_fp8_rows(x: jax.Array, block: int, amax_floor: float = 1e-4) -> tuple[jax.Array, jax.Array]:
+    """[..., K] to E4M3 codes [..., K] and power-of-two float32 scales [..., ceil(K/block)], one per ``block`` channels."""
+    groups, padding = _blocks(x.astype(jnp.float32), block)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), amax_floor)
+    scale = power_of_two_scale(amax, E4M3_MAX)
+    codes = round_e4m3(groups / scale[..., None])
+    return _unblock(codes, padding), scale
+
+
+def simulate_fp8(x: jax.Array, block: int, amax_floor: float = 1e-4) -> jax.Array:
+    """What [..., K] becomes after a round trip through E4M3 with one power-of-two scale per ``block`` channels."""
+    codes, scale = quantize_fp8_rows(x, block, amax_floor)
+    groups, padding = _blocks(codes.astype(jnp.float32), block)
+    return _unblock(groups * scale[..., None], padding).astype(x.dtype)
+
+
+def simulate_fp4(x: jax.Array, block: int = FP4_BLOCK) -> jax.Array:
+    """What [..., K] becomes after a round trip through E2M1 with one power-of-two scale per ``block`` channels."""
+    groups, padding = _blocks(x.astype(jnp.float32), block)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), E2M1_MAX * 2.0**-126)
+    scale = power_of_two_scale(amax, E2M1_MAX)
+    values = e2m1_to_float(float_to_e2m1(groups / scale)) * scale
+    return _unblock(values, padding).astype(x.dtype)
+
+
+def simulate_kv(entry: jax.Array, rope_dims: int) -> jax.Array:
+    """KV entries [..., c] as the released cache keeps them: E4M3 in blocks of 64, the last ``rope_dims`` untouched."""
+    content, rope = entry[..., :-rope_dims], entry[..., -rope_dims:]
+    return jnp.concatenate([simulate_fp8(content, KV_BLOCK), rope], axis=-1)
+
+
+def hadamard_transform(x: jax.Array) -> jax.Array:
+    """[..., n] times the normalised Walsh-Hadamard matrix of size n (natural order), n a power of two."""
+    size = x.shape[-1]
+    out = x.astype(jnp.float32)
+    step = 1
+    while step < size:
+        pairs = out.reshape(*x.shape[:-1], size // (2 * step), 2, step)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        out = jnp.stack([a + b, a - b], axis=-2).reshape(x.shape)
+        step *= 2
+    return (out * size**-0.5).astype(x.dtype)
+
+
+def _blocks(x: jax.Array, block: int) -> tuple[jax.Array, int]:
+    padding = -x.shape[-1] % block
+    if padding:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block, block), padding
+
+
+def _unblock(groups: jax.Array, padding: int) -> jax.Array:
+    flat = groups.reshape(*groups.shape[:-2], groups.shape[-2] * groups.shape[-1])
+    return flat[..., : flat.shape[-1] - padding] if padding else flat
+
+
+def quantize_fp8_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [..., N, K] to E4M3 codes and E8M0 scales [..., ceil(N/128), ceil(K/128)], scales rounded up."""
+    rows, columns = weight.shape[-2:]
+    pad = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % FP8_BLOCK), (0, -columns % FP8_BLOCK)]
+    padded = jnp.pad(weight.astype(jnp.float32), pad)
+    tiles = padded.reshape(*weight.shape[:-2], padded.shape[-2] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
+    scale = power_of_two_scale(jnp.maximum(jnp.max(jnp.abs(tiles), axis=(-3, -1)), 2.0**-100), E4M3_MAX)
+    codes = round_e4m3(tiles / scale[..., :, None, :, None]).reshape(padded.shape)
+    return codes[..., :rows, :columns], encode_e8m0(scale)
+
+
+def quantize_fp4_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [..., N, K] to packed E2M1 [..., N, K/2] (uint8) and E8M0 scales [..., N, K/32], scales rounded up."""
+    groups, _ = _blocks(weight.astype(jnp.float32), FP4_BLOCK)
+    scale = power_of_two_scale(jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), 2.0**-100), E2M1_MAX)
+    codes = float_to_e2m1(groups / scale[..., None]).reshape(weight.shape)
+    return pack_e2m1(codes), encode_e8m0(scale)

@@ -1,0 +1,272 @@
+"""The whole model: scanned layer groups between embedding and head, with a cache or without.
+
+Parameters and caches are plain nested dicts, tuples and arrays; the Flax modules are merged with them inside the traced
+function, so calling a compiled step flattens nothing but arrays.
+
+    params = {"shell": {...}, "groups": ((member, ...), ...), "drafts": (block, ...)}
+    cache  = {"position": int32 [B], "groups": ((member, ...), ...), "drafts": (...), "streams": [B, R, n, d]}
+
+``groups[g][j]`` holds member j of scan group g, every leaf stacked over the repetitions of the group.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from deepseek_v4.cache import layer_cache_shapes
+from deepseek_v4.config import Config
+from deepseek_v4.execution import Execution
+from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
+from deepseek_v4.nn.block import Tokens
+from deepseek_v4.nn.variables import RELEASED, Storage
+from deepseek_v4.parameters import (
+    ParameterSpec,
+    block_module,
+    describe,
+    draft_module,
+    map_specs,
+    nest,
+    shell_module,
+    stacked,
+)
+from deepseek_v4.sharding import check_placement
+
+Params = dict[str, Any]
+Cache = dict[str, Any]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: float32 logits, the draft's float32 logits (or None), the cache (or None)."""
+
+    logits: jax.Array
+    draft_logits: jax.Array | None
+    cache: Cache | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A DeepSeek-V4 model as pure functions over plain pytrees.
+
+    ``config`` and ``storage`` say what the parameters are, ``execution`` how they are used. Frozen and hashable: close
+    over it or pass it as a static argument. Raises ``MeshError`` when the execution's mesh does not fit the model.
+    """
+
+    config: Config
+    storage: Storage = RELEASED
+    execution: Execution = Execution()
+
+    def __post_init__(self) -> None:
+        if self.execution.placement is not None:
+            check_placement(self.execution.placement, self.config, self.storage)
+
+    # --- what the model consists of ---------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def groups(self) -> tuple[ScanGroup, ...]:
+        """The scan groups of the main layers."""
+        return scan_groups(layer_specs(self.config))
+
+    @functools.cached_property
+    def drafts(self) -> tuple[LayerSpec, ...]:
+        """The MTP blocks."""
+        return draft_specs(self.config)
+
+    def parameter_specs(self) -> Params:
+        """Descriptions of all parameters, in the structure of ``params``."""
+        config, storage = self.config, self.storage
+        return {
+            "shell": nest(describe(shell_module(config, storage))),
+            "groups": tuple(
+                tuple(
+                    map_specs(
+                        lambda s, n=group.repeats: stacked(s, n),
+                        nest(describe(block_module(config, spec, storage))),
+                    )
+                    for spec in group.pattern
+                )
+                for group in self.groups
+            ),
+            "drafts": tuple(nest(describe(draft_module(config, spec, storage))) for spec in self.drafts),
+        }
+
+    def abstract_params(self) -> Params:
+        """``params`` as ShapeDtypeStructs, with shardings when there is a placement."""
+        placement = self.execution.placement
+
+        def abstract(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
+            sharding = None if placement is None else placement.sharding(spec.axes, spec.shape)
+            return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+        return map_specs(abstract, self.parameter_specs())
+
+    def abstract_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
+        """The cache for ``batch`` rows of up to ``max_length`` tokens as ShapeDtypeStructs.
+
+        ``rollback`` is how many tokens a row may be rolled back at once (see ``rollback``).
+        """
+        config, execution = self.config, self.execution
+        dtype = execution.activation_dtype
+        placement = execution.placement
+
+        def array(shape, dtype, axes):
+            sharding = None if placement is None else placement.sharding(axes)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        def layers(spec: LayerSpec, repeats: int):
+            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype)
+            return {
+                name: array((repeats, batch, *shape), kind, (None, "batch", None, None))
+                for name, (shape, kind) in shapes.items()
+            }
+
+        cache: Cache = {
+            "position": array((batch,), jnp.int32, ("batch",)),
+            "groups": tuple(
+                tuple(layers(spec, group.repeats) for spec in group.pattern) for group in self.groups
+            ),
+            "drafts": tuple(layers(spec, 1) for spec in self.drafts),
+        }
+        if self.drafts:
+            # The draft of position t needs the main streams of t, which are the previous call's for its first token.
+            shape = (batch, 1 + rollback, config.hc_mult, config.hidden_size)
+            cache["streams"] = array(shape, dtype, ("batch", None, None, None))
+        return cache
+
+    def init_cache(self, batch: int, max_length: int, rollback: int = 0) -> Cache:
+        """An empty cache: every row at position 0. See ``abstract_cache``."""
+        abstract = self.abstract_cache(batch, max_length, rollback)
+
+        def zeros():
+            return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+
+        if self.execution.placement is None:
+            return zeros()
+        return jax.jit(zeros, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
+
+    # --- what the model computes ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        params: Params,
+        token_ids: jax.Array,
+        cache: Cache | None = None,
+        lengths: jax.Array | None = None,
+        *,
+        draft: bool = False,
+        last_only: bool = False,
+    ) -> Output:
+        """Runs the next tokens of every row: a full sequence, a chunk of a prompt, or one decoded token.
+
+        token_ids int32 [B, S]; row b continues at its own ``cache["position"][b]`` with its first ``lengths[b]``
+        tokens (default S; 0 leaves a row as it is, the rest is padding). Without a cache all rows begin at position 0.
+        Returns logits float32 [B, S, vocab], or [B, 1, vocab] of each row's last real token with ``last_only``; those
+        at padding are meaningless. With ``draft`` the MTP block runs too: its logits at token t, like the main ones,
+        predict token t + 1, and are meaningless at position 0. A cache that was drafted from must be drafted from in
+        every call. Which split of a sequence into calls was used does not matter.
+        """
+        if draft and not self.drafts:
+            raise ValueError(
+                "this model has no MTP block (num_nextn_predict_layers is 0 or its drafter is not MTP)"
+            )
+        batch, length = token_ids.shape
+        execution = self.execution
+        token_ids = execution.constrain(token_ids.astype(jnp.int32), ("batch", None))
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache["position"]
+        lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        tokens = Tokens(token_ids, start, lengths)
+        shell = nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), params["shell"])
+
+        embedded = shell.embed.weight[...].astype(execution.activation_dtype)[token_ids]
+        embedded = execution.constrain(embedded, ("batch", None, None))
+        streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
+        new_groups = []
+        for index, group in enumerate(self.groups):
+            group_cache = None if cache is None else cache["groups"][index]
+            streams, group_cache = self._run_group(
+                group, params["groups"][index], streams, tokens, group_cache
+            )
+            new_groups.append(group_cache)
+
+        new_cache = None
+        if cache is not None:
+            new_cache = {**cache, "position": start + lengths, "groups": tuple(new_groups)}
+
+        def project(head, streams):
+            if last_only:
+                index = jnp.maximum(lengths - 1, 0)[:, None, None, None]
+                streams = jnp.take_along_axis(streams, index, axis=1)
+            logits = shell.head(head.output(streams, execution), jnp.float32)
+            return execution.constrain(logits, ("batch", None, "vocab"))
+
+        logits = project(shell, streams)
+        draft_logits = None
+        if draft:
+            draft_streams, block, updates = self._run_draft(
+                params["drafts"][0], embedded, streams, tokens, cache
+            )
+            draft_logits = project(block, draft_streams)
+            if new_cache is not None:
+                new_cache |= updates
+        return Output(logits, draft_logits, new_cache)
+
+    def _run_group(self, group: ScanGroup, params, streams, tokens: Tokens, cache):
+        graphs = [nnx.graphdef(block_module(self.config, spec, self.storage)) for spec in group.pattern]
+
+        def body(carry, inputs):
+            streams, cache = carry
+            params, layer = inputs
+            members = []
+            for index, graph in enumerate(graphs):
+                block = nnx.merge(graph, params[index])
+                member = None if cache is None else cache[index]
+                streams, member = block(streams, tokens, member, layer, self.execution)
+                streams = self.execution.constrain(streams, ("batch", None, None, None))
+                members.append(member)
+            return (streams, None if cache is None else tuple(members)), None
+
+        (streams, cache), _ = lax.scan(body, (streams, cache), (params, jnp.arange(group.repeats)))
+        return streams, cache
+
+    def _run_draft(self, params, embedded, streams, tokens: Tokens, cache):
+        """The MTP block over draft positions start - 1 .. start + S - 2: token t + 1 meets the main streams of t."""
+        execution = self.execution
+        graph = nnx.graphdef(draft_module(self.config, self.drafts[0], self.storage))
+        block = nnx.merge(graph, params)
+        batch, length = tokens.ids.shape
+        if cache is None:
+            before = jnp.zeros((batch, 1, *streams.shape[2:]), streams.dtype)
+        else:
+            slots = cache["streams"].shape[1]
+            index = ((tokens.start - 1) % slots)[:, None, None, None]
+            before = jnp.take_along_axis(cache["streams"], index, axis=1)
+            before = jnp.where(tokens.start[:, None, None, None] > 0, before, 0)
+        shifted = jnp.concatenate([before, streams[:, :-1]], axis=1)
+        draft_tokens = tokens._replace(start=tokens.start - 1)
+        draft_streams = block.combine(embedded, shifted, execution)
+        member = None if cache is None else cache["drafts"][0]
+        draft_streams, member = block(draft_streams, draft_tokens, member, 0, execution)
+        updates = {}
+        if cache is not None:
+            positions = tokens.start[:, None] + jnp.arange(length)
+            offsets = jnp.arange(length)
+            kept = (offsets < tokens.lengths[:, None]) & (offsets >= tokens.lengths[:, None] - slots)
+            index = jnp.where(kept, positions % slots, slots)
+            stored = jax.vmap(lambda ring, slot, rows: ring.at[slot].set(rows, mode="drop"))(
+                cache["streams"], index, streams
+            )
+            updates = {"drafts": (member,), "streams": stored}
+        return draft_streams, block, updates
+
+
+def rollback(cache: Cache, positions: jax.Array) -> Cache:
+    """The cache with every row back at an earlier position, as if the later tokens had never been run.
+
+    positions int32 [B], each at most the row's position and at most the cache's ``rollback`` tokens before it (the
+    bound is the caller's to keep: positions are traced values). Costs nothing: all state is indexed by position.
+    """
+    return {**cache, "position": positions.astype(jnp.int32)}

@@ -1,0 +1,68 @@
+"""Bias-free linear layers, weights [out, in] as stored."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_v4.execution import Execution, dot_precision
+from deepseek_v4.formats import ACTIVATION_BLOCK, FP8_BLOCK, simulate_fp8
+from deepseek_v4.nn.variables import Packed, Storage, Weight, variable
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul
+
+
+class Linear(nnx.Module):
+    """A linear that the releases store as E4M3 with 128 x 128 scales; ``groups`` > 1 is the grouped ``wo_a``.
+
+    weight [out, in], scale [ceil(out/128), ceil(in/128)] when stored in FP8. ``axes`` are the logical axes of
+    (out, in).
+    """
+
+    def __init__(
+        self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, *, groups: int = 1
+    ):
+        self.groups = groups
+        if storage.linears == "fp8":
+            blocks = (math.ceil(out / FP8_BLOCK), math.ceil(inputs / FP8_BLOCK))
+            self.weight = variable(Packed, (out, inputs), jnp.float8_e4m3fn, axes, "linear")
+            self.scale = variable(Packed, blocks, storage.scales, axes, "scale")
+        else:
+            self.weight = variable(Weight, (out, inputs), storage.linears, axes, "linear")
+            self.scale = None
+
+    def __call__(self, x: jax.Array, execution: Execution) -> jax.Array:
+        """x [..., in] to [..., out]; grouped: [..., g, in] to [..., g, out/g]. Dtype of x."""
+        scale = None if self.scale is None else self.scale[...]
+        # The reference runs the grouped output projection in BF16 although it is stored in FP8.
+        if "activations" in execution.simulate and self.groups == 1:
+            x = simulate_fp8(x, ACTIVATION_BLOCK)
+        return block_scaled_matmul(
+            x, self.weight[...], scale, groups=self.groups, implementation=execution.implementation
+        )
+
+
+class PlainLinear(nnx.Module):
+    """A linear that every release stores unquantised; ``dtype`` of the call decides the arithmetic."""
+
+    def __init__(
+        self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, role="matrix"
+    ):
+        self.weight = variable(Weight, (out, inputs), storage.matrices, axes, role)
+
+    def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """x [..., in] to [..., out], multiplied and returned in ``dtype`` (accumulated in float32)."""
+        return plain_matmul(x, self.weight[...], dtype)
+
+
+def plain_matmul(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x [..., K] times weight [N, K] transposed, in ``dtype`` with float32 accumulation."""
+    dtype = jnp.dtype(dtype)
+    out = jnp.einsum(
+        "...k,nk->...n",
+        x.astype(dtype),
+        weight.astype(dtype),
+        precision=dot_precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(dtype)

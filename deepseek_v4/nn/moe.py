@@ -1,0 +1,157 @@
+"""The mixture of experts: routers, routed experts, shared expert (architecture section 6)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_v4.config import Config
+from deepseek_v4.execution import Execution
+from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK, simulate_fp8
+from deepseek_v4.layer_spec import LayerSpec
+from deepseek_v4.nn.linear import Linear, plain_matmul
+from deepseek_v4.nn.swiglu import clamped_swiglu
+from deepseek_v4.nn.variables import Buffer, Packed, Storage, Weight, variable
+from pallas_kernels.grouped_matmul import expert_mlp
+
+
+class Router(nnx.Module):
+    """Chooses experts by score plus balance bias, or by token id, and weighs them by score without the bias."""
+
+    def __init__(self, config: Config, spec: LayerSpec, storage: Storage):
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = variable(
+            Weight, (experts, config.hidden_size), storage.matrices, (None, "embed"), "matrix"
+        )
+        if spec.hash_router:
+            table = (config.vocab_size, config.num_experts_per_tok)
+            self.tid2eid = variable(Buffer, table, jnp.int32, (None, None), "token_table")
+            self.bias = None
+        else:
+            self.tid2eid = None
+            self.bias = variable(Buffer, (experts,), jnp.float32, (None,), "router_bias")
+
+    def __call__(self, x: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [N, d], token_ids [N] to expert ids int32 [N, K] and routing weights float32 [N, K]."""
+        c = self.config
+        logits = plain_matmul(x, self.weight[...], jnp.float32)
+        log_scores = log_sqrt_softplus(logits)
+        if self.tid2eid is not None:
+            ids = self.tid2eid[...][token_ids]
+        else:
+            _, ids = jax.lax.top_k(jnp.exp(log_scores) + self.bias[...], c.num_experts_per_tok)
+        # score / sum of scores, as a softmax of logarithms: a hash layer may choose experts whose scores all underflow.
+        weights = jax.nn.softmax(jnp.take_along_axis(log_scores, ids, axis=-1), axis=-1)
+        return ids.astype(jnp.int32), weights * c.routed_scaling_factor
+
+
+def log_sqrt_softplus(x: jax.Array) -> jax.Array:
+    """log(sqrt(log(1 + exp(x)))), finite for every finite float32 x."""
+    # Below -20 softplus(x) is exp(x) to float32 rounding, and would underflow from -104 on.
+    return 0.5 * jnp.where(x < -20, x, jnp.log(jax.nn.softplus(jnp.maximum(x, -20))))
+
+
+class ExpertLinear(nnx.Module):
+    """One linear of every routed expert, stacked: weight [E, out, in], in the checkpoint's format.
+
+    FP4: uint8 [E, out, in/2] with scale [E, out, in/32]; FP8: E4M3 with scale [E, ceil(out/128), ceil(in/128)].
+    """
+
+    def __init__(self, experts: int, out: int, inputs: int, axes: tuple[str, str], storage: Storage):
+        axes3 = ("experts", *axes)
+        if storage.experts == "fp4":
+            self.weight = variable(Packed, (experts, out, inputs // 2), jnp.uint8, axes3, "expert")
+            self.scale = variable(
+                Packed, (experts, out, inputs // FP4_BLOCK), jnp.float8_e8m0fnu, axes3, "scale"
+            )
+        elif storage.experts == "fp8":
+            blocks = (experts, math.ceil(out / FP8_BLOCK), math.ceil(inputs / FP8_BLOCK))
+            self.weight = variable(Packed, (experts, out, inputs), jnp.float8_e4m3fn, axes3, "expert")
+            self.scale = variable(Packed, blocks, storage.scales, axes3, "scale")
+        else:
+            self.weight = variable(Weight, (experts, out, inputs), storage.experts, axes3, "expert")
+            self.scale = None
+
+    def stored(self) -> tuple[jax.Array, jax.Array | None]:
+        """(weight, scale) as stored."""
+        return self.weight[...], None if self.scale is None else self.scale[...]
+
+
+class Experts(nnx.Module):
+    """The routed experts: w1 gate, w3 up, w2 down."""
+
+    def __init__(self, config: Config, storage: Storage):
+        self.limit = config.swiglu_limit
+        experts, d, m = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = ExpertLinear(experts, m, d, ("expert_width", "embed"), storage)
+        self.w2 = ExpertLinear(experts, d, m, ("embed", "expert_width"), storage)
+        self.w3 = ExpertLinear(experts, m, d, ("expert_width", "embed"), storage)
+
+    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array, execution: Execution) -> jax.Array:
+        """x [N, d] with expert ids and weights [N, K] to float32 [N, d], summed over the experts of a token."""
+        simulate = "activations" in execution.simulate
+        quantised = self.w1.scale is not None
+
+        def run(x, ids, weights, w1, w2, w3):
+            return expert_mlp(
+                x,
+                ids,
+                weights,
+                w1,
+                w2,
+                w3,
+                limit=self.limit,
+                simulate_activations=simulate and quantised,
+                implementation=execution.implementation,
+            )
+
+        if simulate and quantised:
+            x = simulate_fp8(x, ACTIVATION_BLOCK)
+        stored = [w.stored() for w in (self.w1, self.w2, self.w3)]
+        placement = execution.placement
+        if placement is None:
+            return run(x, ids, weights, *stored)
+        axes = [
+            (("experts", *names), scale)
+            for names, (_, scale) in zip(
+                (("expert_width", "embed"), ("embed", "expert_width"), ("expert_width", "embed")),
+                stored,
+                strict=True,
+            )
+        ]
+        return placement.run_experts(run, x, ids, weights, stored, axes)
+
+
+class SharedExpert(nnx.Module):
+    """The expert every token visits, unweighted, with the same clamp as the routed ones."""
+
+    def __init__(self, config: Config, storage: Storage):
+        self.limit = config.swiglu_limit
+        d, m = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.w1 = Linear(m, d, ("expert_width", "embed"), storage)
+        self.w2 = Linear(d, m, ("embed", "expert_width"), storage)
+        self.w3 = Linear(m, d, ("expert_width", "embed"), storage)
+
+    def __call__(self, x: jax.Array, execution: Execution) -> jax.Array:
+        """x [..., d] to [..., d]."""
+        hidden = clamped_swiglu(self.w1(x, execution), self.w3(x, execution), self.limit)
+        return self.w2(hidden.astype(x.dtype), execution)
+
+
+class MoE(nnx.Module):
+    """Routed plus shared experts of one layer."""
+
+    def __init__(self, config: Config, spec: LayerSpec, storage: Storage):
+        self.gate = Router(config, spec, storage)
+        self.experts = Experts(config, storage)
+        self.shared_experts = SharedExpert(config, storage)
+
+    def __call__(self, x: jax.Array, token_ids: jax.Array, execution: Execution) -> jax.Array:
+        """x [B, S, d], token_ids [B, S] to [B, S, d]; the sum over experts is float32."""
+        rows = x.reshape(-1, x.shape[-1])
+        ids, weights = self.gate(rows, token_ids.reshape(-1))
+        routed = self.experts(rows, ids, weights, execution).reshape(x.shape)
+        shared = self.shared_experts(x, execution).astype(jnp.float32)
+        return execution.constrain((routed + shared).astype(x.dtype), ("batch", None, None))

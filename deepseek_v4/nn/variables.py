@@ -1,0 +1,78 @@
+"""Kinds of model variables, and the stored dtypes of a checkpoint."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Weight(nnx.Param):
+    """A floating-point parameter that gradients may reach."""
+
+
+class Packed(nnx.Variable):
+    """Stored bytes of a quantised weight, or its scales: never differentiated, never cast."""
+
+
+class Buffer(nnx.Variable):
+    """State beside the gradient: the router's balance bias and the hash router's table."""
+
+
+EXPERT_FORMATS = ("fp4", "fp8", "bfloat16", "float32")
+LINEAR_FORMATS = ("fp8", "bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """In which format each kind of tensor is stored, decided by a checkpoint's tensors and never by its config.
+
+    ``experts`` and ``linears`` name the format of routed experts and of the other quantised linears; ``scales`` is the
+    dtype of FP8 scales ("float8_e8m0fnu", or "float32" in the Base releases; FP4 scales are always E8M0); ``matrices``
+    (embedding, head, router, compressor and index-weight projections) and ``norms`` are plain dtypes.
+    """
+
+    experts: str = "fp4"
+    linears: str = "fp8"
+    scales: str = "float8_e8m0fnu"
+    matrices: str = "bfloat16"
+    norms: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name, value, legal in (
+            ("experts", self.experts, EXPERT_FORMATS),
+            ("linears", self.linears, LINEAR_FORMATS),
+            ("scales", self.scales, ("float8_e8m0fnu", "float32")),
+            ("matrices", self.matrices, ("bfloat16", "float32")),
+            ("norms", self.norms, ("bfloat16", "float32")),
+        ):
+            if value not in legal:
+                raise ValueError(f"storage.{name}: expected one of {list(legal)}, found {value!r}")
+
+
+RELEASED = Storage()
+"""Flash and Pro: FP4 experts, FP8 linears, E8M0 scales, BF16 for the rest."""
+
+RELEASED_BASE = Storage(experts="fp8", scales="float32")
+"""Flash-Base and Pro-Base: FP8 throughout, F32 scales."""
+
+MASTER = Storage(experts="float32", linears="float32", matrices="float32", norms="float32")
+"""float32 masters, as training keeps them."""
+
+
+def variable(
+    kind: type[nnx.Variable],
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    axes: tuple[str | None, ...],
+    role: str,
+) -> nnx.Variable:
+    """A zero-filled variable that carries its logical axes (one per dim) and its role.
+
+    Roles say what a tensor is, for initialisation, optimiser and storage: ``linear``, ``expert``, ``scale``,
+    ``matrix``, ``embedding``, ``norm``, ``hyper`` (mHC projections), ``island`` (other float32 parameters),
+    ``router_bias``, ``token_table``.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(axes)} axes {axes} for shape {shape}")
+    return kind(jnp.zeros(shape, dtype), axes=axes, role=role)

@@ -1,0 +1,202 @@
+"""Where arrays live: one set of rules from logical axes to mesh axes, and the checks that a mesh fits a model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_v4.config import Config
+from deepseek_v4.formats import FP4_BLOCK, FP8_BLOCK
+from deepseek_v4.nn.variables import Storage
+
+MESH_AXES = ("data", "expert", "tensor")
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices or the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Mesh axes of every logical axis; () keeps an axis whole.
+
+    Attention splits by whole output groups (``heads`` follow ``o_groups``), because ``wo_a`` mixes the heads of one
+    group; the single KV head has nothing to split, so caches follow the batch. Routed experts split by expert and
+    then by their width. The vocabulary takes every model axis: embedding and head are the largest dense tensors.
+    """
+
+    batch: tuple[str, ...] = ("data",)
+    vocab: tuple[str, ...] = ("expert", "tensor")
+    embed: tuple[str, ...] = ()
+    q_lora: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("tensor",)
+    o_groups: tuple[str, ...] = ("tensor",)
+    index_heads: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
+    expert_width: tuple[str, ...] = ("tensor",)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            unknown = set(getattr(self, field.name)) - set(MESH_AXES)
+            if unknown:
+                raise MeshError(
+                    f"rules.{field.name}: unknown mesh axes {sorted(unknown)}, expected {list(MESH_AXES)}"
+                )
+        if self.heads != self.o_groups:
+            raise MeshError(
+                f"rules: heads {self.heads} and o_groups {self.o_groups} must be split alike: "
+                "an output group mixes all of its heads"
+            )
+        for first, second in (
+            ("experts", "expert_width"),
+            ("batch", "experts"),
+            ("batch", "heads"),
+            ("batch", "vocab"),
+        ):
+            both = set(getattr(self, first)) & set(getattr(self, second))
+            if both:
+                raise MeshError(f"rules: mesh axes {sorted(both)} are used by both {first} and {second}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh with its rules: the layouts of parameters, activations and caches on it."""
+
+    mesh: Mesh
+    rules: Rules = Rules()
+
+    def size(self, logical: str) -> int:
+        """Number of shards that a logical axis is cut into."""
+        return int(np.prod([self.mesh.shape[axis] for axis in getattr(self.rules, logical)], dtype=int))
+
+    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+        """Logical axes (None: whole) to a partition spec."""
+        return PartitionSpec(*(self._mesh_axes(axis) for axis in axes))
+
+    def sharding(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+        """The layout of an array; with ``shape``, dims that do not divide evenly stay whole (scales of odd blocks)."""
+        if shape is not None:
+            axes = [
+                axis if axis is None or size % self.size(axis) == 0 else None
+                for axis, size in zip(axes, shape, strict=True)
+            ]
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        """Asks the partitioner for this layout of an activation."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def replicated(self) -> NamedSharding:
+        """The layout of an array that every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _mesh_axes(self, logical: str | None) -> tuple[str, ...] | None:
+        if logical is None:
+            return None
+        return tuple(axis for axis in getattr(self.rules, logical) if self.mesh.shape[axis] > 1) or None
+
+    def run_experts(
+        self,
+        run: Callable,
+        x: jax.Array,
+        ids: jax.Array,
+        weights: jax.Array,
+        stored: Sequence[tuple[jax.Array, jax.Array | None]],
+        axes: Sequence[tuple[tuple[str, ...], jax.Array | None]],
+    ) -> jax.Array:
+        """Runs the expert MLP where the experts live: every shard adds what its own experts contribute.
+
+        x [N, d], ids and weights [N, K] are split by batch and known to every shard of an expert group; a shard sees
+        the ids relative to its first expert, so those of other shards fall outside its range. The sum over expert and
+        width shards is float32.
+        """
+        rows = self.spec(("batch", None))
+        weight_specs = tuple(
+            (self.spec(names), None if scale is None else self.spec(names)) for names, scale in axes
+        )
+        expert_axes = self._mesh_axes("experts") or ()
+        width_axes = self._mesh_axes("expert_width") or ()
+        local = stored[0][0].shape[0] // self.size("experts")
+
+        def shard(x, ids, weights, stored):
+            first = jax.lax.axis_index(expert_axes) * local if expert_axes else 0
+            out = run(x, ids - first, weights, *stored)
+            return jax.lax.psum(out, expert_axes + width_axes) if expert_axes or width_axes else out
+
+        return jax.shard_map(
+            shard,
+            mesh=self.mesh,
+            in_specs=(rows, rows, rows, weight_specs),
+            out_specs=rows,
+            check_vma=False,
+        )(x, ids, weights, tuple(stored))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``"data=1,expert=4,tensor=2"`` to sizes by axis (unnamed axes are 1); raises ``MeshError``."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    seen = set()
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        name = name.strip()
+        if name not in sizes or not equals:
+            raise MeshError(
+                f"mesh {text!r}: bad part {part!r}, expected AXIS=SIZE with AXIS one of {list(MESH_AXES)}"
+            )
+        if name in seen:
+            raise MeshError(f"mesh {text!r}: axis {name!r} is given twice")
+        seen.add(name)
+        if not value.strip().isdigit() or int(value) < 1:
+            raise MeshError(f"mesh {text!r}: size of {name!r} must be a positive integer, found {value!r}")
+        sizes[name] = int(value)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given sizes over ``devices`` (default: all); raises ``MeshError`` if their number differs."""
+    if isinstance(sizes, str):
+        sizes = parse_mesh(sizes)
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    needed = int(np.prod(shape))
+    described = ",".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+    if needed != len(devices):
+        raise MeshError(
+            f"mesh {described} needs {needed} devices, found {len(devices)}; "
+            f"choose sizes whose product is {len(devices)}"
+        )
+    if all(device.platform == "cpu" for device in devices):
+        return Mesh(np.array(devices).reshape(shape), MESH_AXES)
+    return jax.make_mesh(
+        shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def check_placement(placement: Placement, config: Config, storage: Storage) -> None:
+    """Raises ``MeshError`` listing everything about the model that the mesh cannot split evenly, before compiling."""
+    size, problems = placement.size, []
+
+    def divides(logical: str, count: int, what: str) -> None:
+        if count % size(logical):
+            axes = "*".join(getattr(placement.rules, logical))
+            problems.append(f"{what} {count} does not divide over {axes} = {size(logical)}")
+
+    divides("o_groups", config.o_groups, "o_groups (heads split by whole output groups)")
+    divides("vocab", config.vocab_size, "vocab_size")
+    divides("experts", config.n_routed_experts, "n_routed_experts")
+    divides("embed", config.hidden_size, "hidden_size")
+    divides("q_lora", config.q_lora_rank, "q_lora_rank")
+    if any(config.layer_ratios):
+        divides("index_heads", config.index_n_heads, "index_n_heads")
+    block = {"fp4": FP4_BLOCK, "fp8": FP8_BLOCK}.get(storage.experts, 1)
+    shards = size("expert_width")
+    if shards > 1 and config.moe_intermediate_size % (shards * block):
+        problems.append(
+            f"moe_intermediate_size {config.moe_intermediate_size} does not divide over "
+            f"{'*'.join(placement.rules.expert_width)} = {shards} in whole scale blocks of {block}"
+        )
+    if problems:
+        shape = ",".join(f"{axis}={placement.mesh.shape[axis]}" for axis in MESH_AXES)
+        raise MeshError(f"mesh {shape} does not fit this model:\n" + "\n".join(f"  {p}" for p in problems))

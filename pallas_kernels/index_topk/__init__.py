@@ -1,0 +1,29 @@
+"""The lightning indexer: scores of compressed entries and the exact top-k of them (architecture section 4)."""
+
+import jax
+
+from pallas_kernels.implementation import choose
+from pallas_kernels.index_topk import xla
+
+_IMPLEMENTATIONS = {"xla": xla.index_topk}
+
+
+def index_topk(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    counts: jax.Array,
+    *,
+    layer: jax.Array | int = 0,
+    k: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The entries each query attends to: I[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]), the k largest.
+
+    Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di], of which ``layer`` is
+    read; counts [B, S] int32, entry s is visible iff s < count. Returns int32 [B, S, min(k, T)]: the selected entries,
+    in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores are accumulated
+    in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. Source: paper eq. 13-17.
+    """
+    function = choose("index_topk", _IMPLEMENTATIONS, implementation)
+    return function(q, weights, keys, counts, layer=layer, k=k)
