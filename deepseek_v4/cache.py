@@ -47,9 +47,7 @@ def ring_read(ring: jax.Array, layer: jax.Array, start: jax.Array, count: int) -
     return jnp.where((positions >= 0)[..., None], taken, 0)
 
 
-def ring_write(
-    ring: jax.Array, layer: jax.Array, start: jax.Array, lengths: jax.Array, rows: jax.Array
-) -> jax.Array:
+def ring_write(ring: jax.Array, layer: jax.Array, start: jax.Array, lengths: jax.Array, rows: jax.Array) -> jax.Array:
     """Stores rows [B, S, w] of positions start .. start + lengths - 1; of a longer chunk only the last N are kept."""
     size, index = ring.shape[2], jnp.arange(rows.shape[1])
     positions = start[:, None] + index

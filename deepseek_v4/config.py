@@ -273,9 +273,7 @@ def _check_quantization(data: Mapping[str, Any], problems: list[str]) -> None:
         else:
             for key, value in quantization.items():
                 if key in _QUANTIZATION and value != _QUANTIZATION[key]:
-                    problems.append(
-                        f"quantization_config.{key}: expected {_QUANTIZATION[key]!r}, found {value!r}"
-                    )
+                    problems.append(f"quantization_config.{key}: expected {_QUANTIZATION[key]!r}, found {value!r}")
                 elif key not in _QUANTIZATION and key not in (
                     "expert_dtype",
                     "modules_to_not_convert",
@@ -316,9 +314,7 @@ def _from_transformers(data: dict[str, Any], problems: list[str]) -> dict[str, A
     if mlp_types is not None:
         hashed = sum(kind == "hash_moe" for kind in mlp_types)
         if list(mlp_types) != ["hash_moe"] * hashed + ["moe"] * (len(mlp_types) - hashed):
-            problems.append(
-                f"mlp_layer_types: expected 'hash_moe' layers first, then 'moe', found {mlp_types!r}"
-            )
+            problems.append(f"mlp_layer_types: expected 'hash_moe' layers first, then 'moe', found {mlp_types!r}")
         data.setdefault("num_hash_layers", hashed)
     data.setdefault("topk_method", "noaux_tc")
 

@@ -129,7 +129,7 @@ def round_e4m3(value: jax.Array) -> jax.Array:
 
 
 def quantize_fp8_rows(x: jax.Array, block: int, amax_floor: float = 1e-4) -> tuple[jax.Array, jax.Array]:
-    """[..., K] to E4M3 codes [..., K] and power-of-two float32 scales [..., ceil(K/block)], one per ``block`` channels."""
+    """[..., K] to E4M3 codes [..., K] and float32 power-of-two scales [..., ceil(K/block)], one per ``block``."""
     groups, padding = _blocks(x.astype(jnp.float32), block)
     amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), amax_floor)
     scale = power_of_two_scale(amax, E4M3_MAX)

@@ -54,9 +54,7 @@ def _plain(key: jax.Array, path: Path, spec: ParameterSpec, config: Config) -> j
         return jnp.ones(spec.shape, spec.dtype)
     if spec.role == "token_table":
         keys = jax.random.split(key, spec.shape[0])
-        permuted = jax.vmap(lambda k: jax.random.permutation(k, config.n_routed_experts)[: spec.shape[1]])(
-            keys
-        )
+        permuted = jax.vmap(lambda k: jax.random.permutation(k, config.n_routed_experts)[: spec.shape[1]])(keys)
         return permuted.astype(spec.dtype)
     if path[-1].endswith("_scale"):
         return jnp.full(spec.shape, _HYPER_SCALE, spec.dtype)

@@ -81,8 +81,7 @@ def layer_spec(config: Config, compress_ratio: int, hash_router: bool) -> LayerS
 def layer_specs(config: Config) -> tuple[LayerSpec, ...]:
     """One spec per main layer: [num_hidden_layers]."""
     return tuple(
-        layer_spec(config, ratio, index < config.num_hash_layers)
-        for index, ratio in enumerate(config.layer_ratios)
+        layer_spec(config, ratio, index < config.num_hash_layers) for index, ratio in enumerate(config.layer_ratios)
     )
 
 
@@ -106,12 +105,10 @@ def scan_groups(specs: tuple[LayerSpec, ...]) -> tuple[ScanGroup, ...]:
         candidates = []
         for start in range(end):
             length = end - start
-            period = next(
-                p for p in range(1, length + 1) if length % p == 0 and _repeats(specs, start, end, p)
-            )
+            period = next(p for p in range(1, length + 1) if length % p == 0 and _repeats(specs, start, end, p))
             group = ScanGroup(start, tuple(specs[start : start + period]), length // period)
             cost, groups = best[start]
-            candidates.append((cost + period + 1e-3, groups + (group,)))
+            candidates.append((cost + period + 1e-3, (*groups, group)))
         best.append(min(candidates, key=lambda candidate: candidate[0]))
     return best[count][1]
 

@@ -58,7 +58,7 @@ class Model:
 
     config: Config
     storage: Storage = RELEASED
-    execution: Execution = Execution()
+    execution: Execution = dataclasses.field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         if self.execution.placement is not None:
@@ -126,9 +126,7 @@ class Model:
 
         cache: Cache = {
             "position": array((batch,), jnp.int32, ("batch",)),
-            "groups": tuple(
-                tuple(layers(spec, group.repeats) for spec in group.pattern) for group in self.groups
-            ),
+            "groups": tuple(tuple(layers(spec, group.repeats) for spec in group.pattern) for group in self.groups),
             "drafts": tuple(layers(spec, 1) for spec in self.drafts),
         }
         if self.drafts:
@@ -170,9 +168,7 @@ class Model:
         every call. Which split of a sequence into calls was used does not matter.
         """
         if draft and not self.drafts:
-            raise ValueError(
-                "this model has no MTP block (num_nextn_predict_layers is 0 or its drafter is not MTP)"
-            )
+            raise ValueError("this model has no MTP block (num_nextn_predict_layers is 0 or its drafter is not MTP)")
         batch, length = token_ids.shape
         execution = self.execution
         token_ids = execution.constrain(token_ids.astype(jnp.int32), ("batch", None))
@@ -187,9 +183,7 @@ class Model:
         new_groups = []
         for index, group in enumerate(self.groups):
             group_cache = None if cache is None else cache["groups"][index]
-            streams, group_cache = self._run_group(
-                group, params["groups"][index], streams, tokens, group_cache
-            )
+            streams, group_cache = self._run_group(group, params["groups"][index], streams, tokens, group_cache)
             new_groups.append(group_cache)
 
         new_cache = None
@@ -206,9 +200,7 @@ class Model:
         logits = project(shell, streams)
         draft_logits = None
         if draft:
-            draft_streams, block, updates = self._run_draft(
-                params["drafts"][0], embedded, streams, tokens, cache
-            )
+            draft_streams, block, updates = self._run_draft(params["drafts"][0], embedded, streams, tokens, cache)
             draft_logits = project(block, draft_streams)
             if new_cache is not None:
                 new_cache |= updates

@@ -47,9 +47,7 @@ class Shell(OutputHead):
     def __init__(self, config: Config, storage: Storage):
         super().__init__(config, storage)
         self.embed = Embedding(config, storage)
-        self.head = PlainLinear(
-            config.vocab_size, config.hidden_size, ("vocab", "embed"), storage, role="embedding"
-        )
+        self.head = PlainLinear(config.vocab_size, config.hidden_size, ("vocab", "embed"), storage, role="embedding")
 
 
 class Embedding(nnx.Module):

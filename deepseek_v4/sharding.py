@@ -41,9 +41,7 @@ class Rules:
         for field in dataclasses.fields(self):
             unknown = set(getattr(self, field.name)) - set(MESH_AXES)
             if unknown:
-                raise MeshError(
-                    f"rules.{field.name}: unknown mesh axes {sorted(unknown)}, expected {list(MESH_AXES)}"
-                )
+                raise MeshError(f"rules.{field.name}: unknown mesh axes {sorted(unknown)}, expected {list(MESH_AXES)}")
         if self.heads != self.o_groups:
             raise MeshError(
                 f"rules: heads {self.heads} and o_groups {self.o_groups} must be split alike: "
@@ -113,9 +111,7 @@ class Placement:
         width shards is float32.
         """
         rows = self.spec(("batch", None))
-        weight_specs = tuple(
-            (self.spec(names), None if scale is None else self.spec(names)) for names, scale in axes
-        )
+        weight_specs = tuple((self.spec(names), None if scale is None else self.spec(names)) for names, scale in axes)
         expert_axes = self._mesh_axes("experts") or ()
         width_axes = self._mesh_axes("expert_width") or ()
         local = stored[0][0].shape[0] // self.size("experts")
@@ -142,9 +138,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, equals, value = part.partition("=")
         name = name.strip()
         if name not in sizes or not equals:
-            raise MeshError(
-                f"mesh {text!r}: bad part {part!r}, expected AXIS=SIZE with AXIS one of {list(MESH_AXES)}"
-            )
+            raise MeshError(f"mesh {text!r}: bad part {part!r}, expected AXIS=SIZE with AXIS one of {list(MESH_AXES)}")
         if name in seen:
             raise MeshError(f"mesh {text!r}: axis {name!r} is given twice")
         seen.add(name)
@@ -169,9 +163,7 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | No
         )
     if all(device.platform == "cpu" for device in devices):
         return Mesh(np.array(devices).reshape(shape), MESH_AXES)
-    return jax.make_mesh(
-        shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    )
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_placement(placement: Placement, config: Config, storage: Storage) -> None:

@@ -1,8 +1,8 @@
 """From messages to the prompt text (the release ships no template; its Python encoder defines the format).
 
-Three passes: `_merge` turns tool results and consecutive user messages into single user turns, `_sort_results`
-puts tool results into the order of their calls, `_render` writes each turn. Which turn shows its reasoning is
-decided in one place, `_Rules`.
+Three passes: `_merge` turns tool results and consecutive user messages into single user turns,
+`_sort_results` puts tool results into the order of their calls, `_render` writes each turn. Which turn shows
+its reasoning is decided in one place, `_Rules`.
 """
 
 import json
@@ -33,14 +33,14 @@ Message = Mapping[str, Any]
 
 _REASONING_EFFORTS = (None, "high", "max")
 
-# Roles of earlier turns that survive when earlier reasoning is dropped. Rendering "direct_search_results" is an
-# error, but it must not vanish silently before that.
+# Roles of earlier turns that survive when earlier reasoning is dropped. Rendering "direct_search_results" is
+# an error, but it must not vanish silently before that.
 _KEPT_ROLES = ("user", "system", "tool", "latest_reminder", "direct_search_results", "assistant")
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A piece of a user turn: what the user wrote, or (with `is_result`) what the tool call `call_id` returned."""
+    """A piece of a user turn: what the user wrote, or (`is_result`) what the tool call `call_id` returned."""
 
     text: str
     is_result: bool = False
@@ -60,7 +60,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Rules:
-    """What decides the thinking markers; `last_user` is the index of the last user or developer turn, or -1."""
+    """What decides the thinking markers; `last_user` indexes the last user or developer turn (-1: none)."""
 
     thinking: bool
     drop_earlier_reasoning: bool
@@ -87,10 +87,11 @@ def encode_messages(
 ) -> str:
     """Encode a conversation in the DeepSeek-V4 prompt format, byte for byte like the released encoder.
 
-    The input is never changed. `encode_messages(context + messages)` equals `encode_messages(context)` followed
-    by `encode_messages(messages, context=context)` if no earlier reasoning is dropped, `context` ends with an
-    assistant turn or `messages` begins with one, and no user or tool messages meet at the boundary (there is no
-    merging across it).
+    The input is never changed. What follows a turn depends on whether the assistant comes next. So the text
+    of `context + messages` is that of `context` followed by `encode_messages(messages, context=context)` if
+    no earlier reasoning is dropped, and either `messages` begins with an assistant turn or a reminder, or
+    `context` ends with an assistant turn without a task. User and tool messages do not merge across
+    `context`.
 
     Args:
         messages: OpenAI-style mappings with a "role" of system, developer, user, tool, assistant or
@@ -99,11 +100,11 @@ def encode_messages(
             open), and "task" (one of action, query, authority, domain, title, read_url).
         thinking_mode: "thinking", or "chat", where every assistant turn begins with an empty thinking part.
         context: earlier messages whose encoding the caller already has; only what follows is returned.
-        drop_thinking: in thinking mode, leave out the reasoning before the last user or developer message, and
-            with it the earlier developer messages. Has no effect if any message offers tools.
+        drop_thinking: in thinking mode, leave out the reasoning before the last user or developer message,
+            and with it the earlier developer messages. Has no effect if any message offers tools.
         add_default_bos_token: begin with the BOS token; never done after a non-empty `context`.
-        reasoning_effort: None, "high" (the same text as None), or "max" (thinking mode: a fixed instruction at
-            the start of the conversation).
+        reasoning_effort: None, "high" (the same text as None), or "max" (thinking mode: a fixed instruction
+            at the start of the conversation).
 
     Returns:
         The prompt. It ends where the model has to continue, the opening `<think>` included.
@@ -149,14 +150,14 @@ def _last_user(turns: Sequence[_Turn]) -> int:
     return max((i for i, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)
 
 
-# --- merging and ordering ---------------------------------------------------------------------------------------
+# --- merging and ordering -----------------------------------------------------------------------------------
 
 
 def _merge(messages: Iterable[Message], source: str) -> list[_Turn]:
     """Turn messages into turns: tool results and user texts that follow one another become one user turn.
 
-    A user turn with a task takes no further user text. Of a user message only content and task survive, and of
-    one that is appended only its content.
+    A user turn with a task takes no further user text. Of a user message only content and task survive, and
+    of one that is appended only its content.
     """
     if isinstance(messages, (str, Mapping)):
         raise MessageTypeError(f"{source} must be a sequence of messages, found {type(messages).__name__}.")
@@ -164,9 +165,7 @@ def _merge(messages: Iterable[Message], source: str) -> list[_Turn]:
     for number, message in enumerate(messages):
         where = f"{source}[{number}]"
         if not isinstance(message, Mapping):
-            raise MessageTypeError(
-                f"{where} must be a mapping with a 'role', found {type(message).__name__}."
-            )
+            raise MessageTypeError(f"{where} must be a mapping with a 'role', found {type(message).__name__}.")
         role, task = message.get("role"), _task(message, where)
         previous = turns[-1] if turns and turns[-1].role == "user" else None
         if role == "tool":
@@ -188,9 +187,7 @@ def _task(message: Message, where: str) -> str | None:
     task = message.get("task")
     # A list and not the dict itself: membership must not fail on an unhashable value.
     if task is not None and task not in list(TASK_TOKENS):
-        raise ChatFormatError(
-            f"Invalid task: {task!r}. {where} must have one of {list(TASK_TOKENS)} or none."
-        )
+        raise ChatFormatError(f"Invalid task: {task!r}. {where} must have one of {list(TASK_TOKENS)} or none.")
     return task
 
 
@@ -210,8 +207,8 @@ def _result_block(message: Message, where: str) -> _Block:
         content = "\n\n".join(_result_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     if not isinstance(content, str):
         raise MessageTypeError(
-            f"{where} (role 'tool'): content must be a string or a list of parts, found {type(content).__name__}; "
-            "encode structured results as JSON text."
+            f"{where} (role 'tool'): content must be a string or a list of parts, found "
+            f"{type(content).__name__}; encode structured results as JSON text."
         )
     call_id = message.get("tool_call_id") or ""
     if not isinstance(call_id, str):
@@ -271,7 +268,7 @@ def _call_id(call: Mapping[str, Any]) -> str:
     return call.get("id") or call["function"].get("id") or ""
 
 
-# --- rendering --------------------------------------------------------------------------------------------------
+# --- rendering ----------------------------------------------------------------------------------------------
 
 
 def _render(turns: Sequence[_Turn], index: int, rules: _Rules) -> str:
@@ -284,13 +281,12 @@ def _render(turns: Sequence[_Turn], index: int, rules: _Rules) -> str:
             content = _optional_text(turn, "content")
             if not content:
                 raise ChatFormatError(
-                    f"Invalid message for role `developer`: {turn.where} has no content; it must not be empty."
+                    f"Invalid message for role `developer`: the content of {turn.where} must not be empty."
                 )
             return USER + content + _appendices(turn)
         case "user":
             return USER + "\n\n".join(
-                f"<tool_result>{block.text}</tool_result>" if block.is_result else block.text
-                for block in turn.blocks
+                f"<tool_result>{block.text}</tool_result>" if block.is_result else block.text for block in turn.blocks
             )
         case "latest_reminder":
             if turn.message.get("content") is None:
@@ -306,8 +302,8 @@ def _render(turns: Sequence[_Turn], index: int, rules: _Rules) -> str:
             return reasoning + _optional_text(turn, "content") + calls + end
         case _:
             raise UnknownRoleError(
-                f"Unknown role: {turn.role} ({turn.where}); expected system, developer, user, tool, assistant or "
-                "latest_reminder."
+                f"Unknown role: {turn.role} ({turn.where}); expected system, developer, user, tool, "
+                "assistant or latest_reminder."
             )
 
 
@@ -365,7 +361,7 @@ def _invokes(turn: _Turn) -> list[str]:
 
 
 def _parameters(arguments: Any, where: str) -> list[str]:
-    """The parameter tags of one call. Arguments that are no JSON text become one parameter named "arguments"."""
+    """The parameter tags of one call; arguments that are no JSON text become one named "arguments"."""
     if not isinstance(arguments, str):
         return [parameter_tag("arguments", _json(arguments, where), is_string=False)]
     try:
@@ -374,8 +370,8 @@ def _parameters(arguments: Any, where: str) -> list[str]:
         return [parameter_tag("arguments", arguments, is_string=True)]
     if not isinstance(values, dict):
         raise ToolArgumentsError(
-            f"{where}: tool-call arguments must be a JSON object, found {_shown(arguments)}; wrap the value in an "
-            "object whose keys are the parameter names."
+            f"{where}: tool-call arguments must be a JSON object, found {_shown(arguments)}; wrap the value "
+            "in an object whose keys are the parameter names."
         )
     return [
         parameter_tag(name, value if isinstance(value, str) else _json(value, where), isinstance(value, str))

@@ -1,7 +1,7 @@
 """From the text of a completion back to an assistant message.
 
-There is one grammar for tool calls, `_tool_calls`, which yields each call as soon as it is finished. The strict
-parser takes all of them or raises; the lenient one keeps what came before the first deviation.
+There is one grammar for tool calls, `_tool_calls`, which yields each call as soon as it is finished. The
+strict parser takes all of them or raises; the lenient one keeps what came before the first defect.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from deepseek_v4.chat.errors import ChatError, ChatFormatError, MessageTypeError, ToolCallFormatError
 from deepseek_v4.chat.tokens import BOS, DSML, EOS, THINK_END, THINK_START, TOOL_CALLS_END, is_thinking
 
-# What each kind of text ends at. The closing ">" of opening tags is left out, as what follows a tag is checked.
+# What each kind of text ends at. The ">" of most tags is left out: what follows a tag is checked with it.
 _BLOCK_TAG = f"<{DSML}tool_calls"
 _BLOCK_START = f"\n\n{_BLOCK_TAG}"
 _INVOKE_START = f"<{DSML}invoke"
@@ -34,21 +34,22 @@ def parse_message_from_completion_text(text: str, thinking_mode: str, strict: bo
 
     The opening `<think>` belongs to the prompt, so in thinking mode `text` begins with the reasoning.
 
-    Strict (the default) accepts reasoning up to `</think>` (thinking mode only), content, then EOS or a tool-call
-    block; after the block EOS is optional, and nothing may follow it. A string parameter becomes a JSON string;
-    the text of any other is spliced into the arguments unchecked.
+    Strict (the default) accepts reasoning up to `</think>` (thinking mode only), content, then EOS or a
+    tool-call block; after the block EOS is optional, and nothing may follow it. A string parameter becomes a
+    JSON string; the text of any other is spliced into the arguments unchecked.
 
-    Lenient (`strict=False`) never raises because of `text`. Text that the strict parser accepts gives the same
-    message. Of any other:
+    Lenient (`strict=False`) never raises because of `text`. Text that the strict parser accepts gives the
+    same message. Of any other:
 
-    * The first EOS ends the message, unless it stands inside the value of a parameter; what follows is ignored.
-    * Reasoning (thinking mode) goes up to the first `</think>`. If there is none, everything is reasoning: the
-      content is empty and there are no calls, because a call that was only thought about must not be executed.
+    * The first EOS ends the message, unless it stands inside a tool call; what follows is ignored.
+    * Reasoning (thinking mode) goes up to the first `</think>`. If there is none, everything is reasoning:
+      the content is empty and there are no calls, as a call that was only thought about must not be executed.
     * Content goes up to the first DSML tag, without the empty line before it. If the text just stops, an
-      unfinished marker at its end is removed too, if it is recognisable: from "\\n\\n<" or "<｜" on. Otherwise
-      content without EOS is complete as it is.
-    * Calls are read if that first tag opens a tool-call block, and kept up to the first one that is unfinished
-      (no `</｜DSML｜invoke`) or malformed; the rest of the text is ignored, the text after the block included.
+      unfinished marker at its end is removed too, if it can be recognised: from "\\n\\n<" or "<｜" on.
+      Otherwise content without EOS is complete as it is.
+    * Calls are read if that first tag opens a tool-call block, and kept up to the first one that is
+      unfinished (no `</｜DSML｜invoke`) or malformed. The rest of the text is ignored, as is text after
+      the block.
     * Reasoning is cut at a DSML tag like content. BOS, `<think>`, `</think>` and DSML markers that remain in
       content or reasoning are removed, so that neither ever holds one of them.
 
@@ -62,8 +63,8 @@ def parse_message_from_completion_text(text: str, thinking_mode: str, strict: bo
         "function": {"name": str, "arguments": JSON text}}, ...]}. Calls carry no ids.
 
     Raises:
-        ChatFormatError: an unknown `thinking_mode`; if strict, a structural defect: no `</think>`, no EOS, text
-            after the end, or a reserved token in content or reasoning. It is an AssertionError.
+        ChatFormatError: an unknown `thinking_mode`; if strict, a structural defect: no `</think>`, no EOS,
+            text after the end, or a reserved token in content or reasoning. It is an AssertionError.
         ToolCallFormatError: if strict, a defect inside a tool-call block. It is a ValueError.
         MessageTypeError: `text` is not a string. It is a TypeError.
     """
@@ -145,7 +146,7 @@ def _recover(text: str, thinking: bool) -> dict[str, Any]:
     return _message(_plain(content, unfinished=stop is None), reasoning, calls)
 
 
-# --- tool calls -------------------------------------------------------------------------------------------------
+# --- tool calls ---------------------------------------------------------------------------------------------
 
 
 def _tool_calls(reader: _Reader) -> Iterator[dict[str, Any]]:
@@ -153,9 +154,7 @@ def _tool_calls(reader: _Reader) -> Iterator[dict[str, Any]]:
     while True:
         between, stop = reader.until(_INVOKE_START, TOOL_CALLS_END)
         if between != _AFTER_TAG:
-            raise ToolCallFormatError(
-                f"Tool call format error: expected {_AFTER_TAG!r} but got {_shown(between)}"
-            )
+            raise ToolCallFormatError(f"Tool call format error: expected {_AFTER_TAG!r} but got {_shown(between)}")
         if stop is None:
             raise ToolCallFormatError(f"Tool call format error: the text ends without {TOOL_CALLS_END}")
         if stop == TOOL_CALLS_END:
@@ -188,9 +187,7 @@ def _tool_call(reader: _Reader) -> dict[str, Any]:
         arguments[key] = value
         between, stop = reader.until(_PARAMETER_START, _INVOKE_END)
         if between != _AFTER_TAG:
-            raise ToolCallFormatError(
-                f"Parameter format error: expected {_AFTER_TAG!r} but got {_shown(between)}"
-            )
+            raise ToolCallFormatError(f"Parameter format error: expected {_AFTER_TAG!r} but got {_shown(between)}")
     if stop is None:
         raise ToolCallFormatError(f"Tool call format error: the call of {name!r} ends without {_INVOKE_END}>")
     members = ", ".join(f"{_json(key)}: {value}" for key, value in arguments.items())
@@ -198,7 +195,7 @@ def _tool_call(reader: _Reader) -> dict[str, Any]:
 
 
 def _parameter(text: str) -> tuple[str, str]:
-    """Name and JSON value of a parameter, from behind its `<｜DSML｜parameter` up to the "<" of its closing tag."""
+    """Name and JSON value of a parameter, given the text between its tags with the "<" of the closing one."""
     head = _PARAMETER_HEAD.match(text)
     if head is None or not text.endswith("<", head.end()):
         raise ToolCallFormatError(f"Parameter format error: {_shown(text)}")
@@ -206,11 +203,11 @@ def _parameter(text: str) -> tuple[str, str]:
     return head[1], _json(value) if head[2] == "true" else value
 
 
-# --- recovery ---------------------------------------------------------------------------------------------------
+# --- recovery -----------------------------------------------------------------------------------------------
 
 
 def _plain(text: str, unfinished: bool) -> str:
-    """`text` up to its first DSML tag, without reserved tokens and, if `unfinished`, without part of one at the end."""
+    """`text` up to its first DSML tag without reserved tokens, and if `unfinished` without a partial one."""
     text, tag = _Reader(text).until(*_DSML_TAGS)
     if tag:
         text = text.removesuffix("\n\n")

@@ -31,9 +31,9 @@ TOOL_CALLS_END: Final = f"</{DSML}tool_calls>"
 
 EFFORT_MAX_PREFIX: Final = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root "
-    "cause, rigorously stress-testing your logic against all potential paths, edge cases, and adversarial "
-    "scenarios.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the "
+    "root cause, rigorously stress-testing your logic against all potential paths, edge cases, and "
+    "adversarial scenarios.\n"
     "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
     "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
 )
@@ -69,13 +69,11 @@ _TOOLS_TAIL: Final = (
     "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
 )
 
-_RESPONSE_FORMAT_HEAD: Final = (
-    "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
-)
+_RESPONSE_FORMAT_HEAD: Final = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
 def tools_section(schemas: list[str]) -> str:
-    """The section that introduces tools to the model; `schemas` are the function schemas as JSON, one each."""
+    """The section that introduces tools to the model; `schemas` are the function schemas as JSON texts."""
     return _TOOLS_HEAD + "\n".join(schemas) + _TOOLS_TAIL
 
 
@@ -91,7 +89,7 @@ def parameter_tag(name: str, value: str, is_string: bool) -> str:
 
 
 def invoke_tag(name: str, parameters: list[str]) -> str:
-    """One call; `parameters` are made by `parameter_tag`. Without any, an empty line stays between the tags."""
+    """One call of `parameter_tag` texts; without any, an empty line stays between the tags."""
     return f'<{DSML}invoke name="{name}">\n' + "\n".join(parameters) + f"\n</{DSML}invoke>"
 
 

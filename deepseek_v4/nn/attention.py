@@ -51,9 +51,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Attends from the tokens of positions start .. start + S - 1 of each row, of which ``lengths`` are real.
 
-        x [B, S, d] is the normed layer input; cache the layer group's arrays [n, B, ...], of which ``layer`` is read and
-        written, or None for sequences that begin at position 0 and are not continued. A negative ``start`` marks leading
-        tokens that do not exist. Returns [B, S, d] and the updated cache.
+        x [B, S, d] is the normed layer input; cache the layer group's arrays [n, B, ...], of which ``layer`` is read
+        and written, or None for sequences that begin at position 0 and are not continued. A negative ``start`` marks
+        leading tokens that do not exist. Returns [B, S, d] and the updated cache.
         """
         c, spec = self.config, self.spec
         batch, length, _ = x.shape
@@ -111,9 +111,7 @@ class Attention(nnx.Module):
         out = out.reshape(batch, length, c.o_groups, -1)
         out = self.wo_a(execution.constrain(out, ("batch", None, "o_groups", None)), execution)
         out = self.wo_b(out.reshape(batch, length, -1), execution)
-        return execution.constrain(out, ("batch", None, None)), (
-            None if cache is None else {**cache, **updates}
-        )
+        return execution.constrain(out, ("batch", None, None)), (None if cache is None else {**cache, **updates})
 
     def _stored(self, entries: jax.Array, execution: Execution) -> jax.Array:
         return simulate_kv(entries, self.spec.rope.dims) if "kv" in execution.simulate else entries

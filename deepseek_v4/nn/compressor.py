@@ -66,13 +66,9 @@ class Compressor(nnx.Module):
             def aligned(new, ring):
                 joined = jnp.concatenate([ring_read(ring, layer, start, history), new], axis=1)
                 joined = jnp.pad(joined, [(0, 0), (0, max(0, ratio - 1 + rows - joined.shape[1])), (0, 0)])
-                return jax.vmap(lambda a, first: jax.lax.dynamic_slice_in_dim(a, first, rows, axis=0))(
-                    joined, offset
-                )
+                return jax.vmap(lambda a, first: jax.lax.dynamic_slice_in_dim(a, first, rows, axis=0))(joined, offset)
 
-            new_state = tuple(
-                ring_write(r, layer, start, lengths, a) for r, a in zip(state, (kv, score), strict=True)
-            )
+            new_state = tuple(ring_write(r, layer, start, lengths, a) for r, a in zip(state, (kv, score), strict=True))
             rings = state
 
         first = start // ratio
@@ -99,7 +95,7 @@ def store_entries(
     complete: jax.Array,
     rows: jax.Array,
 ) -> tuple[jax.Array, jax.Array | int]:
-    """Adds new entries to a cache [n, B, T, w]; without one the new entries are all there is. Returns (entries, layer)."""
+    """New entries added to a cache [n, B, T, w]; without one they are all there is. Returns (entries, layer)."""
     if cache is None:
         return rows[None], 0
     return entries_write(cache, layer, first, complete, rows), layer

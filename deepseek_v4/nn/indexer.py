@@ -39,20 +39,16 @@ class Indexer(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Indices [B, S, min(index_topk, T)] (-1 pads) of the entries each query selects, and the cache updates.
 
-        x [B, S, d] is the layer input, qr [B, S, q_lora_rank] the query latent, counts [B, S] the visible entries. Index
-        keys are stored from the first token on, also while every visible entry would be selected anyway.
+        x [B, S, d] is the layer input, qr [B, S, q_lora_rank] the query latent, counts [B, S] the visible entries.
+        Index keys are stored from the first token on, also while every visible entry would be selected anyway.
         """
         config = self.config
         heads, dim = config.index_n_heads, config.index_head_dim
         state = None if cache is None else (cache["index_kv"], cache["index_score"])
         keys, first, complete, state = self.compressor(x, state, layer, start, lengths, execution)
         keys = self._quantised(keys, execution)
-        keys, key_layer = store_entries(
-            None if cache is None else cache["index_entries"], layer, first, complete, keys
-        )
-        updates = (
-            {} if cache is None else {"index_entries": keys, "index_kv": state[0], "index_score": state[1]}
-        )
+        keys, key_layer = store_entries(None if cache is None else cache["index_entries"], layer, first, complete, keys)
+        updates = {} if cache is None else {"index_entries": keys, "index_kv": state[0], "index_score": state[1]}
 
         positions = start[:, None] + jnp.arange(x.shape[1])
         q = self.wq_b(qr, execution).reshape(*qr.shape[:-1], heads, dim)

@@ -45,9 +45,7 @@ class Linear(nnx.Module):
 class PlainLinear(nnx.Module):
     """A linear that every release stores unquantised; ``dtype`` of the call decides the arithmetic."""
 
-    def __init__(
-        self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, role="matrix"
-    ):
+    def __init__(self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, role="matrix"):
         self.weight = variable(Weight, (out, inputs), storage.matrices, axes, role)
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -22,9 +22,7 @@ class Router(nnx.Module):
     def __init__(self, config: Config, spec: LayerSpec, storage: Storage):
         self.config = config
         experts = config.n_routed_experts
-        self.weight = variable(
-            Weight, (experts, config.hidden_size), storage.matrices, (None, "embed"), "matrix"
-        )
+        self.weight = variable(Weight, (experts, config.hidden_size), storage.matrices, (None, "embed"), "matrix")
         if spec.hash_router:
             table = (config.vocab_size, config.num_experts_per_tok)
             self.tid2eid = variable(Buffer, table, jnp.int32, (None, None), "token_table")
@@ -63,9 +61,7 @@ class ExpertLinear(nnx.Module):
         axes3 = ("experts", *axes)
         if storage.experts == "fp4":
             self.weight = variable(Packed, (experts, out, inputs // 2), jnp.uint8, axes3, "expert")
-            self.scale = variable(
-                Packed, (experts, out, inputs // FP4_BLOCK), jnp.float8_e8m0fnu, axes3, "scale"
-            )
+            self.scale = variable(Packed, (experts, out, inputs // FP4_BLOCK), jnp.float8_e8m0fnu, axes3, "scale")
         elif storage.experts == "fp8":
             blocks = (experts, math.ceil(out / FP8_BLOCK), math.ceil(inputs / FP8_BLOCK))
             self.weight = variable(Packed, (experts, out, inputs), jnp.float8_e4m3fn, axes3, "expert")

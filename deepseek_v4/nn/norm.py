@@ -24,4 +24,5 @@ class RMSNorm(nnx.Module):
         self.weight = variable(Weight, (size,), dtype, (axis,), "norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., d], normed, in its own dtype."""
         return rms_norm(x, self.weight[...], self.eps)

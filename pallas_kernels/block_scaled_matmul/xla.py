@@ -13,7 +13,5 @@ def block_scaled_matmul(x, weight, scale, *, groups):
     if groups > 1:
         weight = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1])
         equation = "...gk,gnk->...gn"
-    out = jnp.einsum(
-        equation, x, weight, precision=dot_precision(x.dtype), preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum(equation, x, weight, precision=dot_precision(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(x.dtype)

@@ -17,9 +17,7 @@ def compress(kv, score, norm_weight, first_window, *, ratio, overlap, rope, norm
         windows = first_window[:, None] + jnp.arange(rows // ratio - 1)
         is_first = (windows == 0)[..., None, None]
         kv = jnp.concatenate([kv[:, :-1, :, :c], kv[:, 1:, :, c:]], axis=2)
-        score = jnp.concatenate(
-            [jnp.where(is_first, -jnp.inf, score[:, :-1, :, :c]), score[:, 1:, :, c:]], axis=2
-        )
+        score = jnp.concatenate([jnp.where(is_first, -jnp.inf, score[:, :-1, :, :c]), score[:, 1:, :, c:]], axis=2)
     else:
         windows = first_window[:, None] + jnp.arange(rows // ratio)
     entry = jnp.sum(jax.nn.softmax(score, axis=2) * kv, axis=2)

@@ -31,6 +31,4 @@ def expert_mlp(
     Returns [N, D] float32. Source: paper 2.1, 4.2.3.
     """
     function = choose("expert_mlp", _IMPLEMENTATIONS, implementation)
-    return function(
-        x, expert_ids, expert_weights, w1, w2, w3, limit=limit, simulate_activations=simulate_activations
-    )
+    return function(x, expert_ids, expert_weights, w1, w2, w3, limit=limit, simulate_activations=simulate_activations)

@@ -1,6 +1,5 @@
 """The readable twin of ``expert_mlp``: assignments sorted by expert, in blocks that never mix experts."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -67,9 +66,7 @@ def _block_rows(assignments: int, experts: int) -> int:
 
 
 def _linear(rows, weight, expert):
-    codes, scale = (
-        None if a is None else lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in weight
-    )
+    codes, scale = (None if a is None else lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in weight)
     matrix = dequantize(codes, scale, rows.dtype)
     return jnp.einsum(
         "nk,mk->nm", rows, matrix, precision=dot_precision(rows.dtype), preferred_element_type=jnp.float32

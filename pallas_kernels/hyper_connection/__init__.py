@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections: mixing n residual streams in and out of a sublayer (architecture section 5)."""
+"""Manifold-constrained hyper-connections: n residual streams in and out of a sublayer (architecture section 5)."""
 
 import jax
 
@@ -56,6 +56,4 @@ def head_mix(
 
     fn [n, n*d], scale [1], base [n] float32.
     """
-    return choose("hyper_connection", _HEAD, implementation)(
-        streams, fn, scale, base, norm_eps=norm_eps, hc_eps=hc_eps
-    )
+    return choose("hyper_connection", _HEAD, implementation)(streams, fn, scale, base, norm_eps=norm_eps, hc_eps=hc_eps)

@@ -31,9 +31,7 @@ def post_mix(y, streams, post, comb):
     y = y.astype(jnp.float32)
     rows = [streams[..., j, :].astype(jnp.float32) for j in range(n)]
     # Spelled out over the n streams so that no [B, S, n, n, d] product can be materialised.
-    mixed = [
-        post[..., k, None] * y + sum(comb[..., j, k, None] * rows[j] for j in range(n)) for k in range(n)
-    ]
+    mixed = [post[..., k, None] * y + sum(comb[..., j, k, None] * rows[j] for j in range(n)) for k in range(n)]
     return jnp.stack(mixed, axis=-2).astype(streams.dtype)
 
 
