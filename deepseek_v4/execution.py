@@ -1,8 +1,8 @@
 """How a model is executed: arithmetic, simulated quantisation, placement and kernel choice, as one static value."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,14 @@ class Execution:
     def constrain(self, x: jax.Array, axes: Iterable[str | None]) -> jax.Array:
         """Asks the partitioner to lay out ``x`` by logical axes; the identity on one device."""
         return x if self.placement is None else self.placement.constrain(x, tuple(axes))
+
+    def per_shard(
+        self, function: Callable, args: Sequence[Any], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence
+    ) -> jax.Array:
+        """``function(*args)`` on each device's own shards, laid out by logical axes; a plain call on one device."""
+        if self.placement is None:
+            return function(*args)
+        return self.placement.per_shard(function, args, in_axes, out_axes)
 
 
 def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision:

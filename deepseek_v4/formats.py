@@ -159,6 +159,27 @@ def simulate_kv(entry: jax.Array, rope_dims: int) -> jax.Array:
     return jnp.concatenate([simulate_fp8(content, KV_BLOCK), rope], axis=-1)
 
 
+def pack_words(rows: jax.Array) -> jax.Array:
+    """bfloat16 rows [..., c] to uint32 words [..., c/2]: word d holds channel d low and channel d + c/2 high.
+
+    Memory of 32-bit elements is addressed by single rows on TPUs, memory of 16-bit ones is not: a cache of words can be
+    gathered row by row where it lies, and both halves of a row unpack without moving a channel to another lane.
+    """
+    if rows.dtype != jnp.bfloat16 or rows.shape[-1] % 2:
+        raise ValueError(f"pack_words: expected bfloat16 with an even last dim, found {rows.dtype}{rows.shape}")
+    bits = lax.bitcast_convert_type(rows, jnp.uint16).astype(jnp.uint32)
+    half = rows.shape[-1] // 2
+    return bits[..., :half] | (bits[..., half:] << 16)
+
+
+def unpack_words(words: jax.Array) -> jax.Array:
+    """uint32 words [..., c/2] to bfloat16 rows [..., c]; the inverse of ``pack_words``, inside kernels as outside."""
+    low = lax.bitcast_convert_type(words << 16, jnp.float32)
+    high = lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32)
+    # Each float32 holds a bfloat16 and sixteen zeros: the cast rounds nothing.
+    return jnp.concatenate([low, high], axis=-1).astype(jnp.bfloat16)
+
+
 def hadamard_transform(x: jax.Array) -> jax.Array:
     """[..., n] times the normalised Walsh-Hadamard matrix of size n (natural order), n a power of two."""
     size = x.shape[-1]

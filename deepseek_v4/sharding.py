@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,6 +96,21 @@ class Placement:
             return None
         return tuple(axis for axis in getattr(self.rules, logical) if self.mesh.shape[axis] > 1) or None
 
+    def per_shard(self, function: Callable, args: Sequence[Any], in_axes: Sequence, out_axes: Sequence) -> jax.Array:
+        """Runs ``function`` on the local shard of every argument (None for an absent one), by logical axes.
+
+        For operations that are local by construction: what a partitioner would have to discover, and a Pallas kernel
+        cannot express, is stated here once.
+        """
+        in_specs = tuple(None if arg is None else self.spec(axes) for arg, axes in zip(args, in_axes, strict=True))
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=self.spec(out_axes), check_vma=False
+        )(*args)
+
+    def mesh_axes(self, logical: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device that a logical axis is split over."""
+        return self._mesh_axes(logical) or ()
+
     def run_experts(
         self,
         run: Callable,
@@ -112,8 +128,8 @@ class Placement:
         """
         rows = self.spec(("batch", None))
         weight_specs = tuple((self.spec(names), None if scale is None else self.spec(names)) for names, scale in axes)
-        expert_axes = self._mesh_axes("experts") or ()
-        width_axes = self._mesh_axes("expert_width") or ()
+        expert_axes = self.mesh_axes("experts")
+        width_axes = self.mesh_axes("expert_width")
         local = stored[0][0].shape[0] // self.size("experts")
 
         def shard(x, ids, weights, stored):

@@ -93,18 +93,27 @@ class Attention(nnx.Module):
             indices, index_updates = self.indexer(x, qr, cache, layer, start, lengths, counts, execution)
             updates |= index_updates
 
-        out = compressed_attention(
-            q,
-            window,
-            self.attn_sink[...],
-            start,
-            entries=entries,
-            layer=entry_layer,
-            counts=counts,
-            indices=indices,
-            window_size=c.sliding_window,
-            scale=c.head_dim**-0.5,
-            implementation=execution.implementation,
+        def attend(q, window, sink, start, entries, layer, counts, indices):
+            return compressed_attention(
+                q,
+                window,
+                sink,
+                start,
+                entries=entries,
+                layer=layer,
+                counts=counts,
+                indices=indices,
+                window_size=c.sliding_window,
+                scale=c.head_dim**-0.5,
+                implementation=execution.implementation,
+            )
+
+        rows, heads = ("batch", None, None), ("batch", None, "heads", None)
+        out = execution.per_shard(
+            attend,
+            (q, window, self.attn_sink[...], start, entries, jnp.asarray(entry_layer), counts, indices),
+            (heads, rows, ("heads",), ("batch",), (None, "batch", None, None), (), ("batch", None), rows),
+            heads,
         )
         # Keys carry their position into the values; turning the output back makes it relative.
         out = apply_rope(out, positions[..., None], spec.rope, inverse=True)

@@ -55,14 +55,32 @@ class Indexer(nnx.Module):
         q = execution.constrain(q, ("batch", None, "index_heads", None))
         q = self._quantised(apply_rope(q, positions[..., None], self.spec.rope), execution)
         weights = self.weights_proj(x, execution.activation_dtype).astype(jnp.float32) * (heads * dim) ** -0.5
-        indices = index_topk(
-            q,
-            weights,
-            keys,
-            counts,
-            layer=key_layer,
-            k=config.index_topk,
-            implementation=execution.implementation,
+        placement = execution.placement
+        head_shards = () if placement is None else placement.mesh_axes("index_heads")
+
+        def select(q, weights, keys, counts, layer):
+            return index_topk(
+                q,
+                weights,
+                keys,
+                counts,
+                layer=layer,
+                k=config.index_topk,
+                sum_over=head_shards,
+                implementation=execution.implementation,
+            )
+
+        indices = execution.per_shard(
+            select,
+            (q, weights, keys, counts, jnp.asarray(key_layer)),
+            (
+                ("batch", None, "index_heads", None),
+                ("batch", None, "index_heads"),
+                (None, "batch", None, None),
+                ("batch", None),
+                (),
+            ),
+            ("batch", None, None),
         )
         return indices, updates
 

@@ -31,7 +31,7 @@ class Router(nnx.Module):
             self.tid2eid = None
             self.bias = variable(Buffer, (experts,), jnp.float32, (None,), "router_bias")
 
-    def __call__(self, x: jax.Array, token_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, token_ids: jax.Array, execution: Execution) -> tuple[jax.Array, jax.Array]:
         """x [N, d], token_ids [N] to expert ids int32 [N, K] and routing weights float32 [N, K]."""
         c = self.config
         logits = plain_matmul(x, self.weight[...], jnp.float32)
@@ -39,7 +39,13 @@ class Router(nnx.Module):
         if self.tid2eid is not None:
             ids = self.tid2eid[...][token_ids]
         else:
-            _, ids = jax.lax.top_k(jnp.exp(log_scores) + self.bias[...], c.num_experts_per_tok)
+            biased = jnp.exp(log_scores) + self.bias[...]
+            ids = execution.per_shard(
+                lambda scores: jax.lax.top_k(scores, c.num_experts_per_tok)[1],
+                (biased,),
+                (("batch", None),),
+                ("batch", None),
+            )
         # score / sum of scores, as a softmax of logarithms: a hash layer may choose experts whose scores all underflow.
         weights = jax.nn.softmax(jnp.take_along_axis(log_scores, ids, axis=-1), axis=-1)
         return ids.astype(jnp.int32), weights * c.routed_scaling_factor
@@ -147,7 +153,7 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array, token_ids: jax.Array, execution: Execution) -> jax.Array:
         """x [B, S, d], token_ids [B, S] to [B, S, d]; the sum over experts is float32."""
         rows = x.reshape(-1, x.shape[-1])
-        ids, weights = self.gate(rows, token_ids.reshape(-1))
+        ids, weights = self.gate(rows, token_ids.reshape(-1), execution)
         routed = self.experts(rows, ids, weights, execution).reshape(x.shape)
         shared = self.shared_experts(x, execution).astype(jnp.float32)
         return execution.constrain((routed + shared).astype(x.dtype), ("batch", None, None))

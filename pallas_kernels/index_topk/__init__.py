@@ -16,6 +16,7 @@ def index_topk(
     *,
     layer: jax.Array | int = 0,
     k: int,
+    sum_over: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """The entries each query attends to: I[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]), the k largest.
@@ -23,7 +24,9 @@ def index_topk(
     Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di], of which ``layer`` is
     read; counts [B, S] int32, entry s is visible iff s < count. Returns int32 [B, S, min(k, T)]: the selected entries,
     in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores are accumulated
-    in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. Source: paper eq. 13-17.
+    in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over`` names the mesh
+    axes that split the heads, whose partial scores are added before anything is compared (inside ``shard_map``).
+    Source: paper eq. 13-17.
     """
     function = choose("index_topk", _IMPLEMENTATIONS, implementation)
-    return function(q, weights, keys, counts, layer=layer, k=k)
+    return function(q, weights, keys, counts, layer=layer, k=k, sum_over=sum_over)

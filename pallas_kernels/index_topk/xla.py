@@ -8,7 +8,7 @@ from deepseek_v4.execution import dot_precision
 _SCORE_ELEMENTS = 1 << 25  # bounds the [B, block, Hi, T] products should they be materialised
 
 
-def index_topk(q, weights, keys, counts, *, layer, k):
+def index_topk(q, weights, keys, counts, *, layer, k, sum_over):
     """See ``pallas_kernels.index_topk.index_topk``."""
     keys = lax.dynamic_index_in_dim(keys, layer, axis=0, keepdims=False).astype(q.dtype)
     batch, length, heads, _ = q.shape
@@ -19,6 +19,8 @@ def index_topk(q, weights, keys, counts, *, layer, k):
             "bqhd,bkd->bqhk", q, keys, precision=dot_precision(q.dtype), preferred_element_type=jnp.float32
         )
         scores = jnp.sum(weights.astype(jnp.float32)[..., None] * jnp.maximum(products, 0), axis=2)
+        if sum_over:
+            scores = lax.psum(scores, sum_over)
         # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.
         scores = jnp.where(scores == 0, 0.0, scores)
         scores = jnp.where(jnp.arange(total) < counts[..., None], scores, -jnp.inf)
