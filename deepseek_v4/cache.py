@@ -39,7 +39,7 @@ def layer_cache_shapes(
     return shapes
 
 
-def ring_read(ring: jax.Array, layer: jax.Array, start: jax.Array, count: int) -> jax.Array:
+def ring_read(ring: jax.Array, layer: jax.Array | int, start: jax.Array, count: int) -> jax.Array:
     """The ``count`` rows before position ``start`` [B] of ring [n, B, N, w]: [B, count, w], zero before position 0."""
     positions = start[:, None] - count + jnp.arange(count)
     rows = lax.dynamic_index_in_dim(ring, layer, axis=0, keepdims=False)
@@ -47,7 +47,7 @@ def ring_read(ring: jax.Array, layer: jax.Array, start: jax.Array, count: int) -
     return jnp.where((positions >= 0)[..., None], taken, 0)
 
 
-def ring_write(ring: jax.Array, layer: jax.Array, start: jax.Array, lengths: jax.Array, rows: jax.Array) -> jax.Array:
+def ring_write(ring: jax.Array, layer: jax.Array | int, start: jax.Array, lengths: jax.Array, rows: jax.Array) -> jax.Array:
     """Stores rows [B, S, w] of positions start .. start + lengths - 1; of a longer chunk only the last N are kept."""
     size, index = ring.shape[2], jnp.arange(rows.shape[1])
     positions = start[:, None] + index
@@ -56,14 +56,14 @@ def ring_write(ring: jax.Array, layer: jax.Array, start: jax.Array, lengths: jax
 
 
 def entries_write(
-    entries: jax.Array, layer: jax.Array, first: jax.Array, complete: jax.Array, rows: jax.Array
+    entries: jax.Array, layer: jax.Array | int, first: jax.Array, complete: jax.Array, rows: jax.Array
 ) -> jax.Array:
     """Stores entries [B, W, w] as windows first .. first + W - 1 [B], where ``complete`` [B, W]."""
     slots = first[:, None] + jnp.arange(rows.shape[1])
     return _write_rows(entries, layer, jnp.where(complete, slots, entries.shape[2]), rows)
 
 
-def _write_rows(store: jax.Array, layer: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+def _write_rows(store: jax.Array, layer: jax.Array | int, slots: jax.Array, rows: jax.Array) -> jax.Array:
     """store[layer, b, slots[b, i]] = rows[b, i]; slots out of range are dropped.
 
     Spelled with explicit batching dims, which the partitioner keeps on the shard that owns a row.

@@ -76,22 +76,30 @@ class Model:
         """The MTP blocks."""
         return draft_specs(self.config)
 
+    def shell_specs(self) -> Params:
+        """Descriptions of what surrounds the layers."""
+        return nest(describe(shell_module(self.config, self.storage)))
+
+    def layer_specs(self, spec: LayerSpec) -> Params:
+        """Descriptions of one layer, not stacked."""
+        return nest(describe(block_module(self.config, spec, self.storage)))
+
+    def draft_specs(self, spec: LayerSpec) -> Params:
+        """Descriptions of one MTP block."""
+        return nest(describe(draft_module(self.config, spec, self.storage)))
+
     def parameter_specs(self) -> Params:
         """Descriptions of all parameters, in the structure of ``params``."""
-        config, storage = self.config, self.storage
         return {
-            "shell": nest(describe(shell_module(config, storage))),
+            "shell": self.shell_specs(),
             "groups": tuple(
                 tuple(
-                    map_specs(
-                        lambda s, n=group.repeats: stacked(s, n),
-                        nest(describe(block_module(config, spec, storage))),
-                    )
+                    map_specs(functools.partial(stacked, repeats=group.repeats), self.layer_specs(spec))
                     for spec in group.pattern
                 )
                 for group in self.groups
             ),
-            "drafts": tuple(nest(describe(draft_module(config, spec, storage))) for spec in self.drafts),
+            "drafts": tuple(self.draft_specs(spec) for spec in self.drafts),
         }
 
     def abstract_params(self) -> Params:
@@ -177,7 +185,7 @@ class Model:
         tokens = Tokens(token_ids, start, lengths)
         shell = nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), params["shell"])
 
-        embedded = shell.embed.weight[...].astype(execution.activation_dtype)[token_ids]
+        embedded = shell.embed.weight[...][token_ids].astype(execution.activation_dtype)
         embedded = execution.constrain(embedded, ("batch", None, None))
         streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
         new_groups = []

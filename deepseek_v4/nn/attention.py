@@ -9,7 +9,7 @@ from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.formats import simulate_kv
 from deepseek_v4.layer_spec import LayerSpec
-from deepseek_v4.nn.compressor import Compressor, store_entries
+from deepseek_v4.nn.compressor import Compressor
 from deepseek_v4.nn.indexer import Indexer
 from deepseek_v4.nn.linear import Linear
 from deepseek_v4.nn.norm import RMSNorm, rms_norm
@@ -77,21 +77,16 @@ class Attention(nnx.Module):
         entries = counts = indices = None
         entry_layer: jax.Array | int = 0
         if self.compressor is not None:
-            counts = visible_entries(positions, spec.compress_ratio)
-            state = None if cache is None else (cache["kv"], cache["score"])
-            new, first, complete, state = self.compressor(x, state, layer, start, lengths, execution)
-            entries, entry_layer = store_entries(
-                None if cache is None else cache["entries"],
-                layer,
-                first,
-                complete,
-                self._stored(new, execution),
+            # Padding sees what the last real token sees: entries beyond that have not been written.
+            last = (start + lengths)[:, None] - 1
+            counts = visible_entries(jnp.minimum(positions, last), spec.compress_ratio)
+            entries, entry_layer, new = self.compressor(
+                x, cache, layer, start, lengths, lambda rows: self._stored(rows, execution), execution
             )
-            if cache is not None:
-                updates |= {"entries": entries, "kv": state[0], "score": state[1]}
-        if self.indexer is not None:
-            indices, index_updates = self.indexer(x, qr, cache, layer, start, lengths, counts, execution)
-            updates |= index_updates
+            updates |= new
+            if self.indexer is not None:
+                indices, new = self.indexer(x, qr, cache, layer, start, lengths, counts, execution)
+                updates |= new
 
         def attend(q, window, sink, start, entries, layer, counts, indices):
             return compressed_attention(

@@ -8,7 +8,7 @@ from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.formats import hadamard_transform, simulate_fp4
 from deepseek_v4.layer_spec import LayerSpec
-from deepseek_v4.nn.compressor import Compressor, store_entries
+from deepseek_v4.nn.compressor import Compressor
 from deepseek_v4.nn.linear import Linear, PlainLinear
 from deepseek_v4.nn.variables import Storage
 from deepseek_v4.rope import apply_rope
@@ -24,7 +24,7 @@ class Indexer(nnx.Module):
         heads, dim = config.index_n_heads, config.index_head_dim
         self.wq_b = Linear(heads * dim, config.q_lora_rank, ("index_heads", "q_lora"), storage)
         self.weights_proj = PlainLinear(heads, config.hidden_size, ("index_heads", "embed"), storage)
-        self.compressor = Compressor(config, spec, dim, storage)
+        self.compressor = Compressor(config, spec, dim, storage, prefix="index_")
 
     def __call__(
         self,
@@ -44,11 +44,9 @@ class Indexer(nnx.Module):
         """
         config = self.config
         heads, dim = config.index_n_heads, config.index_head_dim
-        state = None if cache is None else (cache["index_kv"], cache["index_score"])
-        keys, first, complete, state = self.compressor(x, state, layer, start, lengths, execution)
-        keys = self._quantised(keys, execution)
-        keys, key_layer = store_entries(None if cache is None else cache["index_entries"], layer, first, complete, keys)
-        updates = {} if cache is None else {"index_entries": keys, "index_kv": state[0], "index_score": state[1]}
+        keys, key_layer, updates = self.compressor(
+            x, cache, layer, start, lengths, lambda keys: self._quantised(keys, execution), execution
+        )
 
         positions = start[:, None] + jnp.arange(x.shape[1])
         q = self.wq_b(qr, execution).reshape(*qr.shape[:-1], heads, dim)

@@ -23,9 +23,10 @@ class Linear(nnx.Module):
         self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, *, groups: int = 1
     ):
         self.groups = groups
+        self.scale: Packed | None
         if storage.linears == "fp8":
             blocks = (math.ceil(out / FP8_BLOCK), math.ceil(inputs / FP8_BLOCK))
-            self.weight = variable(Packed, (out, inputs), jnp.float8_e4m3fn, axes, "linear")
+            self.weight: Packed | Weight = variable(Packed, (out, inputs), jnp.float8_e4m3fn, axes, "linear")
             self.scale = variable(Packed, blocks, storage.scales, axes, "scale")
         else:
             self.weight = variable(Weight, (out, inputs), storage.linears, axes, "linear")

@@ -21,6 +21,8 @@ class Router(nnx.Module):
 
     def __init__(self, config: Config, spec: LayerSpec, storage: Storage):
         self.config = config
+        self.tid2eid: Buffer | None
+        self.bias: Buffer | None
         experts = config.n_routed_experts
         self.weight = variable(Weight, (experts, config.hidden_size), storage.matrices, (None, "embed"), "matrix")
         if spec.hash_router:
@@ -36,7 +38,8 @@ class Router(nnx.Module):
         c = self.config
         logits = plain_matmul(x, self.weight[...], jnp.float32)
         log_scores = log_sqrt_softplus(logits)
-        if self.tid2eid is not None:
+        if self.bias is None:
+            assert self.tid2eid is not None
             ids = self.tid2eid[...][token_ids]
         else:
             biased = jnp.exp(log_scores) + self.bias[...]
@@ -64,9 +67,10 @@ class ExpertLinear(nnx.Module):
     """
 
     def __init__(self, experts: int, out: int, inputs: int, axes: tuple[str, str], storage: Storage):
+        self.scale: Packed | None
         axes3 = ("experts", *axes)
         if storage.experts == "fp4":
-            self.weight = variable(Packed, (experts, out, inputs // 2), jnp.uint8, axes3, "expert")
+            self.weight: Packed | Weight = variable(Packed, (experts, out, inputs // 2), jnp.uint8, axes3, "expert")
             self.scale = variable(Packed, (experts, out, inputs // FP4_BLOCK), jnp.float8_e8m0fnu, axes3, "scale")
         elif storage.experts == "fp8":
             blocks = (experts, math.ceil(out / FP8_BLOCK), math.ceil(inputs / FP8_BLOCK))

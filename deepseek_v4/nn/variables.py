@@ -1,6 +1,7 @@
 """Kinds of model variables, and the stored dtypes of a checkpoint."""
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +61,16 @@ MASTER = Storage(experts="float32", linears="float32", matrices="float32", norms
 """float32 masters, as training keeps them."""
 
 
+VariableType = TypeVar("VariableType", bound=nnx.Variable)
+
+
 def variable(
-    kind: type[nnx.Variable],
+    kind: type[VariableType],
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
     axes: tuple[str | None, ...],
     role: str,
-) -> nnx.Variable:
+) -> VariableType:
     """A zero-filled variable that carries its logical axes (one per dim) and its role.
 
     Roles say what a tensor is, for initialisation, optimiser and storage: ``linear``, ``expert``, ``scale``,

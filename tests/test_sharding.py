@@ -1,0 +1,156 @@
+"""Sharded execution against one device, and the meshes that must be refused."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import small_config, small_model
+
+from deepseek_v4 import Config, Execution, MeshError, Model, Placement, Rules, make_mesh
+from deepseek_v4.nn.variables import RELEASED, RELEASED_BASE
+from deepseek_v4.parameters import flatten
+from deepseek_v4.sharding import check_placement, parse_mesh
+
+# One layer of every kind, both routers; sizes divide over every mesh below in whole scale blocks.
+CONFIG = small_config(
+    (128, 4), num_hash_layers=1, num_attention_heads=8, o_groups=4, moe_intermediate_size=256, num_hidden_layers=2
+)
+MESHES = ("data=2,expert=2,tensor=2", "data=1,expert=4,tensor=2", "data=2,expert=1,tensor=4", "data=1,expert=8,tensor=1")
+LENGTH = 135  # crosses the window and one HCA block
+
+
+def placement(mesh: str) -> Placement:
+    sizes = parse_mesh(mesh)
+    return Placement(make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))]))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_model(CONFIG)
+
+
+def run(model: Model, params):
+    """Two ragged calls of one compiled program: logits and draft logits of the real tokens."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 2, LENGTH)), jnp.int32)
+    lengths = np.array([[LENGTH, 70], [1, 66]])
+    cache = model.init_cache(2, 2 * LENGTH, 4)
+    step = jax.jit(functools.partial(model.forward, draft=True), donate_argnums=2)
+    results = []
+    for call in range(2):
+        out = step(params, tokens[call], cache, jnp.asarray(lengths[call]))
+        cache = out.cache
+        for row in range(2):
+            results.append(np.asarray(out.logits)[row, : lengths[call, row]])
+            results.append(np.asarray(out.draft_logits)[row, 1 - min(call, 1) : lengths[call, row]])
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(small):
+    return run(small.model, small.params)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_meshes_agree_with_one_device(small, expected, mesh):
+    model = dataclasses.replace(small.model, execution=Execution(dtype="float32", placement=placement(mesh)))
+    params = jax.tree.map(lambda a, spec: jax.device_put(a, spec.sharding), small.params, model.abstract_params())
+    for ours, theirs in zip(run(model, params), expected, strict=True):
+        # Shards add partial sums in another order: a few float32 roundings of logits of order one.
+        np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=0)
+
+
+def test_decode_moves_only_what_it_must():
+    """The compiled decode step's collectives: partial sums of activations, never weights, caches or index keys."""
+    model = Model(CONFIG, RELEASED, Execution(dtype="float32", placement=placement("data=2,expert=2,tensor=2")))
+    batch = 2
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    step = jax.jit(functools.partial(model.forward, draft=True), donate_argnums=2)
+    compiled = step.lower(model.abstract_params(), tokens, model.abstract_cache(batch, 512, 4)).compile()
+    collectives = collections.Counter()
+    for shape, kind in re.findall(
+        r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text()
+    ):
+        elements = [int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"\[([\d,]+)\]", shape)]
+        assert max(elements, default=0) <= batch * max(CONFIG.hidden_size, 512 // 4), (kind, shape)
+        collectives[kind] += 1
+    # Per layer: attention output, routed experts, shared expert; plus the index scores of the one CSA layer and the
+    # embedding. The draft block is a third layer.
+    assert set(collectives) == {"all-reduce"}, collectives
+    assert collectives["all-reduce"] <= 3 * 3 + 1 + 2, collectives
+
+
+@pytest.mark.parametrize("name", ["flash", "pro", "flash-base", "pro-base"])
+def test_large_tensors_of_released_models_really_shard(shared_dir, name):
+    config = Config.from_file(shared_dir / "fixtures" / "configs" / f"{name}.json")
+    storage = RELEASED_BASE if name.endswith("base") else RELEASED
+    model = Model(config, storage, Execution(placement=placement("data=1,expert=4,tensor=2")))
+    for group in model.abstract_params()["groups"]:
+        for member in group:
+            for path, leaf in flatten(member).items():
+                shard = leaf.sharding.shard_shape(leaf.shape)
+                parts = np.prod(leaf.shape) // np.prod(shard)
+                joined = ".".join(path)
+                if joined.startswith("ffn.experts"):
+                    assert parts == 8, joined
+                elif joined.startswith(("attn.wq_b", "attn.wo_", "attn.attn_sink", "attn.indexer.wq_b", "ffn.shared")):
+                    assert parts == 2, joined
+    shell = model.abstract_params()["shell"]
+    for name in ("embed", "head"):
+        leaf = shell[name]["weight"]
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == config.vocab_size // 8
+    for leaf in jax.tree.leaves(model.abstract_cache(2, 1024)["groups"]):
+        assert leaf.sharding.spec[1] is None or "data" in leaf.sharding.spec[1]
+
+
+def test_illegal_meshes_are_refused_before_compiling():
+    def refusal(mesh, **changes):
+        config = dataclasses.replace(CONFIG, **changes)
+        with pytest.raises(MeshError) as error:
+            Model(config, RELEASED, Execution(placement=placement(mesh)))
+        return str(error.value)
+
+    assert "o_groups" in refusal("tensor=8")
+    assert "n_routed_experts 6" in refusal("expert=4", n_routed_experts=6)
+    assert "vocab_size 255" in refusal("expert=2", vocab_size=255)
+    assert "index_n_heads 9" in refusal("tensor=2", index_n_heads=9)
+    message = refusal("tensor=4", moe_intermediate_size=96)
+    assert "moe_intermediate_size 96" in message
+    assert "blocks of 32" in message
+    several = refusal("expert=4,tensor=2", n_routed_experts=6, index_n_heads=9)
+    assert "n_routed_experts 6" in several
+    assert "index_n_heads 9" in several
+    check_placement(placement("data=8"), CONFIG, RELEASED)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("data=2,context=2", "context"),
+        ("data=2,data=4", "twice"),
+        ("data=0", "positive"),
+        ("tensor", "AXIS=SIZE"),
+        ("expert=x", "positive"),
+    ],
+)
+def test_bad_mesh_text(text, complaint):
+    with pytest.raises(MeshError, match=complaint):
+        parse_mesh(text)
+
+
+def test_mesh_must_use_all_devices():
+    with pytest.raises(MeshError, match=r"needs 4 devices, found 8"):
+        make_mesh("data=4")
+
+
+def test_rules_refuse_collisions():
+    with pytest.raises(MeshError, match="output group"):
+        Rules(heads=("tensor",), o_groups=("expert",))
+    with pytest.raises(MeshError, match="both"):
+        Rules(experts=("tensor",), expert_width=("tensor",))
+    with pytest.raises(MeshError, match="unknown mesh axes"):
+        Rules(embed=("fsdp",))
