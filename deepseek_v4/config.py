@@ -322,9 +322,13 @@ def _from_transformers(data: dict[str, Any], problems: list[str]) -> dict[str, A
     head_dim = data.get("head_dim", 0)
     if isinstance(rope, Mapping) and {"main", "compress"} <= set(rope):
         main, compress = dict(rope["main"]), dict(rope["compress"])
-        data["rope_theta"] = main["rope_theta"]
-        data["compress_rope_theta"] = compress["rope_theta"]
-        data.setdefault("qk_rope_head_dim", int(head_dim * main["partial_rotary_factor"]))
+        for key, name, part in (("rope_theta", "main", main), ("compress_rope_theta", "compress", compress)):
+            if "rope_theta" in part:
+                data[key] = part["rope_theta"]
+            else:
+                problems.append(f"rope_parameters.{name}.rope_theta: missing")
+        if "partial_rotary_factor" in main and isinstance(head_dim, int):
+            data.setdefault("qk_rope_head_dim", int(head_dim * main["partial_rotary_factor"]))
         if compress.get("attention_factor", 1.0) != 1.0:
             problems.append(
                 f"rope_parameters.compress.attention_factor: expected 1.0, found {compress['attention_factor']}"

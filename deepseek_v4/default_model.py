@@ -1,30 +1,37 @@
 """The built-in small model: a V4 in the released layout with every kind of layer, and its own tokenizer.
 
-    python -m deepseek_v4.default_model --output DIR         writes the Hugging Face directory (seeded random weights)
-    python -m deepseek_v4.default_model --train-tokenizer    recreates configs/default/tokenizer.json from the corpus
+python -m deepseek_v4.default_model --output DIR         writes the Hugging Face directory (seeded random weights)
+python -m deepseek_v4.default_model --train-tokenizer    recreates configs/default/tokenizer.json from the corpus
 """
 
 import dataclasses
+import functools
+import hashlib
+import json
 import lzma
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import tokenizers
 import tyro
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from deepseek_v4.checkpoint.export import to_hf
+from deepseek_v4.checkpoint.layout import Item, item_specs, items
+from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.config import Config
-from deepseek_v4.model import Model, Params
+from deepseek_v4.initialise import initialise
+from deepseek_v4.nn.variables import RELEASED, Storage
+from deepseek_v4.parameters import Path as LeafPath
+from deepseek_v4.parameters import flatten, nest
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parents[1] / "configs" / "default"
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-"""What a model directory holds beside its weights."""
+"""What the directory of the built-in model holds beside its weights."""
 
 _SPECIAL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")  # ids 0, 1, 2
 
@@ -132,3 +139,113 @@ def train_tokenizer() -> str:
     if tokenizer.get_vocab_size() != size:
         raise ValueError(f"the corpus gave {tokenizer.get_vocab_size()} tokens, config.json says {size}")
     return tokenizer.to_str(pretty=True) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class _ArrayLeaf:
+    """A parameter in memory, as ``checkpoint.source.Leaf`` wants it."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        return np.array(self.array[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSource:
+    """A checkpoint that is nowhere yet: seeded random weights for the model that ``directory``'s config.json describes.
+
+    A ``checkpoint.source.Source``; ``directory`` also gives the tokenizer and the other small files. The weights are a
+    function of the configuration, ``storage`` and ``seed``.
+    """
+
+    directory: Path = CONFIG_DIRECTORY
+    seed: int = 0
+    storage: Storage = RELEASED
+    draft_copies: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The model's configuration."""
+        return Config.from_file(self.directory)
+
+    def leaves(self, item: Item) -> Mapping[LeafPath, _ArrayLeaf]:
+        """Random values of one item's parameters by path; every item draws from its own stream."""
+        number = [known.name for known in items(self.config)].index(item.name)
+        specs = tuple(item_specs(item, self.config, self.storage).items())
+        values = jax.device_get(_random_item(self.config, specs, np.uint32(self.seed), np.uint32(number)))
+        return {path: _ArrayLeaf(np.asarray(value)) for path, value in flatten(values).items()}
+
+    def fingerprint(self, item: Item) -> Any:
+        """What decides one item's values."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes()).hexdigest()
+        return {"seed": self.seed, "config": digest, "storage": dataclasses.asdict(self.storage)}
+
+    def config_json(self) -> dict[str, Any]:
+        """The configuration as JSON data."""
+        return json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+
+    def travelling_files(self) -> Mapping[str, bytes]:
+        """The files that belong to the model, by name."""
+        return {name: (self.directory / name).read_bytes() for name in FILES if (self.directory / name).is_file()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_item(config: Config, specs: tuple, seed: jax.Array, number: jax.Array) -> dict[str, Any]:
+    # Compiled once per kind of layer; one seed per item, since equal paths draw equal values.
+    return initialise(config, nest(dict(specs)), jax.random.bits(jax.random.fold_in(jax.random.key(seed), number)))
+
+
+def write_default(directory: str | Path, seed: int = 0) -> Path:
+    """Writes the built-in model to ``directory`` as a release is laid out, with seeded random weights.
+
+    Config, tokenizer, safetensors shards and their index; a directory that an earlier run left unfinished is completed.
+    Raises ``CheckpointError`` if the directory holds something else, and ``FileNotFoundError`` outside a checkout,
+    where the files of ``configs/default`` are missing.
+    """
+    missing = [name for name in FILES if not (CONFIG_DIRECTORY / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{CONFIG_DIRECTORY}: {', '.join(missing)} missing; the built-in model needs a checkout of the repository "
+            "(pip install -e .)"
+        )
+    to_hf(RandomSource(seed=seed), directory)
+    return Path(directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """Writes the built-in small model, or recreates its tokenizer."""
+
+    output: Path | None = None
+    """Directory to write the model to, in the released Hugging Face layout."""
+    seed: int = 0
+    """Seed of the random weights."""
+    train_tokenizer: bool = False
+    """Recreate configs/default/tokenizer.json from the corpus."""
+
+
+def main() -> None:
+    """The command line."""
+    arguments = tyro.cli(_Arguments)
+    if not arguments.train_tokenizer and arguments.output is None:
+        raise SystemExit("nothing to do: give --output DIR or --train-tokenizer")
+    jax.config.update("jax_platforms", "cpu")  # the same bytes on every machine, and small
+    if arguments.train_tokenizer:
+        path = CONFIG_DIRECTORY / "tokenizer.json"
+        write_atomically(path, train_tokenizer().encode("utf-8"))
+        print(f"wrote {path}")
+    if arguments.output is not None:
+        print(f"wrote {write_default(arguments.output, arguments.seed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import DictKey
 
-from deepseek_v4.model import Model, Params
+from deepseek_v4.model import Model, Params, rollback
 from deepseek_v4.sampling import Sampling, check_sampling, sample
+
+State = dict[str, Any]
+"""What the compiled steps pass on: ``cache``, and per row the last ``token``, its ``count``, and ``done``."""
 
 _LENGTH_STEP = 128  # cache lengths are multiples of this: few shapes, whole windows of every layer kind
 
@@ -110,7 +114,7 @@ class Generator:
         self.prefill_chunk = prefill_chunk
         self.statistics = Statistics()
         self._stop_ids = np.asarray((model.config.eos_token_id,) if stop_ids is None else tuple(stop_ids), np.int32)
-        self._state: dict[str, Any] | None = None
+        self._state: State | None = None
 
     def compile(self) -> float:
         """Allocates the cache and compiles both programs, unless that is done; returns the seconds it took.
@@ -120,15 +124,10 @@ class Generator:
         begin = time.perf_counter()
         if self._state is None:
             batch = self.batch_size
-            state = {
-                "cache": self.model.init_cache(batch, self.max_length),
-                "token": np.zeros(batch, np.int32),
-                "count": np.zeros(batch, np.int32),
-                "done": np.ones(batch, bool),
-            }
-            settings = self._settings([])
             empty = np.zeros((batch, self.prefill_chunk), np.int32)
             nothing = np.zeros(batch, np.int32)
+            settings = self._settings([])
+            state = begin_batch(self.model, self._empty_state(), np.ones(batch, bool))
             state, _ = prefill_step(self.model, self.params, state, empty, nothing, nothing > 0, settings)
             state, news = decode_step(self.model, self.params, state, settings)
             jax.block_until_ready(news)
@@ -181,15 +180,9 @@ class Generator:
                 running -= reasons[row] is not None
                 yield Step(first + int(row), (token,) if finite[row] else (), reasons[row])
 
-        # The compiled steps consume the state; if a caller stops early, the next batch begins on whatever is left of
-        # it, since a row at position 0 reads nothing of what was there before.
         begin = time.perf_counter()
         batch = self.batch_size
-        self._state |= {
-            "cache": {**self._state["cache"], "position": self._positions()},
-            "count": np.zeros(batch, np.int32),
-            "done": np.arange(batch) >= running,
-        }
+        self._state = begin_batch(self.model, self._state, np.arange(batch) >= running)
         lengths = np.array([len(r.token_ids) for r in requests] + [0] * (batch - running))
         chunk = self.prefill_chunk
         steps: list[Step] = []
@@ -224,10 +217,15 @@ class Generator:
         if ahead:
             jax.block_until_ready(ahead)
 
-    def _positions(self):
-        position = self._state["cache"]["position"] if self._state else None
-        zeros = np.zeros(self.batch_size, np.int32)
-        return jax.device_put(zeros, position.sharding) if isinstance(position, jax.Array) else zeros
+    def _empty_state(self) -> State:
+        # Committed to its devices like everything the compiled steps return, or they would be compiled twice.
+        batch, placement = self.batch_size, self.model.execution.placement
+        rows = {"token": np.zeros(batch, np.int32), "count": np.zeros(batch, np.int32), "done": np.ones(batch, bool)}
+        cache = self.model.init_cache(batch, self.max_length)
+        if placement is None:
+            (device,) = jax.tree.leaves(self.params)[0].devices()
+            return jax.device_put({"cache": cache, **rows}, device)
+        return {"cache": cache, **jax.device_put(rows, placement.sharding(("batch",)))}
 
     def _settings(self, requests: Sequence[Request]) -> dict[str, Any]:
         padding = self.batch_size - len(requests)
@@ -238,6 +236,14 @@ class Generator:
             "limits": np.asarray(limits, np.int32),
             "stop_ids": self._stop_ids,
         }
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def begin_batch(model: Model, state: State, done) -> State:
+    """Every row at the start of a new sequence: at position 0 nothing is read of what its cache held before."""
+    zeros = jnp.zeros_like(state["count"])
+    cache = rollback(state["cache"], jnp.zeros_like(state["cache"]["position"]))
+    return _placed(model, {"cache": cache, "token": zeros, "count": zeros, "done": done})
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -267,25 +273,22 @@ def _choose(model: Model, state, output, valid, settings):
     count = state["count"] + valid
     stopped = jnp.isin(token, settings["stop_ids"]) | (count >= settings["limits"]) | ~finite
     done = state["done"] | (valid & stopped)
-    cache = _placed(model, output.cache)
-    rows = [model.execution.constrain(x, ("batch",)) for x in (token, count, done)]
-    state = {"cache": cache, **dict(zip(("token", "count", "done"), rows, strict=True))}
-    return state, (token, valid, done, finite)
+    state = {"cache": output.cache, "token": token, "count": count, "done": done}
+    return _placed(model, state), (token, valid, done, finite)
 
 
-def _placed(model: Model, cache):
-    """The cache in the layout it came in, so that a step's result is what the next step was compiled for."""
+def _placed(model: Model, state: State) -> State:
+    """The state in the layout it came in, so that a step's result is what the next step was compiled for."""
     placement = model.execution.placement
     if placement is None:
-        return cache
+        return state
 
     def place(path, array):
-        batch_dim = 1 if path[0].key in ("groups", "drafts") else 0
-        axes = [None] * array.ndim
-        axes[batch_dim] = "batch"
-        return lax.with_sharding_constraint(array, placement.sharding(axes))
+        stacked = any(key in (DictKey("groups"), DictKey("drafts")) for key in path)
+        axes = (None, "batch") if stacked else ("batch",)
+        return lax.with_sharding_constraint(array, placement.sharding(axes + (None,) * (array.ndim - len(axes))))
 
-    return jax.tree.map_with_path(place, cache)
+    return jax.tree.map_with_path(place, state)
 
 
 def round_up(value: int, multiple: int) -> int:

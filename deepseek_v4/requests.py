@@ -116,7 +116,8 @@ def check_context(prompt_length: int, max_new_tokens: int, max_length: int) -> N
     if prompt_length + max_new_tokens > max_length:
         raise RequestError(
             f"context exceeded: {prompt_length} prompt tokens + {max_new_tokens} new tokens = "
-            f"{prompt_length + max_new_tokens}, the limit is {max_length}; shorten the prompt or ask for fewer new tokens"
+            f"{prompt_length + max_new_tokens}, the limit is {max_length}; "
+            "shorten the prompt or ask for fewer new tokens"
         )
 
 

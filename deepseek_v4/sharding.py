@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import Config
@@ -177,9 +178,9 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | No
             f"mesh {described} needs {needed} devices, found {len(devices)}; "
             f"choose sizes whose product is {len(devices)}"
         )
-    if all(device.platform == "cpu" for device in devices):
-        return Mesh(np.array(devices).reshape(shape), MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+    # Split physical axes are allowed so that every shape works on every torus; whole ones are preferred.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES)
 
 
 def check_placement(placement: Placement, config: Config, storage: Storage) -> None:

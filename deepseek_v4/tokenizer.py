@@ -76,7 +76,7 @@ class Tokenizer:
         return self.token_bytes(token_ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_ids: Iterable[int]) -> bytes:
-        """The bytes of ``token_ids``; raises ``TokenizerError`` for an id that is not in the vocabulary."""
+        """The bytes of ``token_ids``; ids beyond the vocabulary (models pad theirs) are U+FFFD."""
         return b"".join(self._bytes_of(token) for token in token_ids)
 
     def stream(self) -> "Detokenizer":
@@ -86,7 +86,7 @@ class Tokenizer:
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(int(token_id))
         if token is None:
-            raise TokenizerError(f"token id {token_id} is not in the tokenizer's vocabulary of {self.vocab_size}")
+            return "\ufffd".encode()
         try:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:  # an added token: its characters stand for themselves

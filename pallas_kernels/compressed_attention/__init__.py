@@ -2,10 +2,15 @@
 
 import jax
 
-from pallas_kernels.compressed_attention import xla
+from pallas_kernels.compressed_attention import tpu, xla
+from pallas_kernels.gradients import with_twin_gradient
 from pallas_kernels.implementation import choose
 
-_IMPLEMENTATIONS = {"xla": xla.compressed_attention}
+_IMPLEMENTATIONS = {
+    "xla": xla.compressed_attention,
+    "tpu": with_twin_gradient(tpu.compressed_attention, xla.compressed_attention),
+    "tpu_interpret": with_twin_gradient(tpu.interpreted, xla.compressed_attention),
+}
 
 
 def compressed_attention(
@@ -14,6 +19,7 @@ def compressed_attention(
     sink: jax.Array,
     start: jax.Array,
     *,
+    ring: jax.Array | None = None,
     entries: jax.Array | None = None,
     layer: jax.Array | int = 0,
     counts: jax.Array | None = None,
@@ -28,17 +34,26 @@ def compressed_attention(
     start - window_size + 1 .. start + S - 1 (rows of negative positions are ignored, whatever they hold); sink [H]
     float32 logits that enter the denominator only; start [B] int32, the position of the first query of each row;
     entries [n, B, T, c], the compressed cache of n stacked layers, of which ``layer`` is read; counts [B, S] int32,
-    the entries visible to a query (s < counts); indices [B, S, K] int32, the entries a query selects (-1 pads;
-    every index is below its count), or None to attend to all visible ones. Rows of ``entries`` at or beyond a
-    batch row's largest count may hold anything, NaN included. Softmax and accumulation are float32. Returns
-    [B, S, H, c] in the dtype of q, still rotated. Source: paper 2.3.
+    the entries visible to a query (s < counts); indices [B, S, K] int32, the entries a query selects (-1 pads, at any
+    place; every index is below its count; an index that appears twice counts twice), or None to attend to all visible
+    ones. Rows of ``entries`` at or beyond a batch row's largest count may hold anything, NaN included. Entries are
+    plain, or uint32 [n, B, T, c/2] as ``deepseek_v4.formats.pack_words`` makes them, which TPU kernels read in place.
+
+    With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
+    position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.
+
+    Softmax and accumulation are float32. Returns [B, S, H, c] in the dtype of q, still rotated. A row's output does
+    not depend on the other rows, on T, or on the padding of indices. Gradients flow to q, window, sink, ring and plain
+    entries; the kernels' are those of the twin, recomputed. Source: paper 2.3.
     """
-    function = choose("compressed_attention", _IMPLEMENTATIONS, implementation)
+    unserved = tpu.unserved_by(q, entries, indices, window_size)
+    function = choose("compressed_attention", _IMPLEMENTATIONS, implementation, unserved)
     return function(
-        q,
-        window,
-        sink,
-        start,
+        q=q,
+        window=window,
+        sink=sink,
+        start=start,
+        ring=ring,
         entries=entries,
         layer=layer,
         counts=counts,

@@ -4,17 +4,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_v4.cache import ring_read
 from deepseek_v4.execution import dot_precision
+from deepseek_v4.formats import unpack_words
+from pallas_kernels.targets import current_chip
 
 _QUERY_BLOCK = 128
 _GATHER_ELEMENTS = 1 << 25  # bounds the [B, block, K, c] gather of selected entries
 
 
-def compressed_attention(q, window, sink, start, *, entries, layer, counts, indices, window_size, scale):
+def compressed_attention(q, window, sink, start, *, ring, entries, layer, counts, indices, window_size, scale):
     """See ``pallas_kernels.compressed_attention.compressed_attention``."""
     batch, length, heads, width = q.shape
+    if ring is not None:
+        window = jnp.concatenate([ring_read(ring, layer, start, window_size - 1), window], axis=1)
     if entries is not None:
         entries = lax.dynamic_index_in_dim(entries, layer, axis=0, keepdims=False)
+        entries = unpack_words(entries) if entries.dtype == jnp.uint32 else entries
         # What no query of the row can see is not data: 0 * NaN would still poison the sum over values.
         readable = jnp.arange(entries.shape[1]) < jnp.max(counts, axis=1, keepdims=True)
         entries = jnp.where(readable[..., None], entries, 0)
@@ -89,6 +95,8 @@ def _attend_block(q, window, sink, start, entries, counts, indices, window_size,
 
 
 def _dot(equation, a, b):
-    return jnp.einsum(
-        equation, a, b.astype(a.dtype), precision=dot_precision(a.dtype), preferred_element_type=jnp.float32
-    )
+    b = b.astype(a.dtype)
+    if current_chip() is None:
+        # XLA's CPU backend lacks some bfloat16 products with float32 results; in float32 the same products are exact.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, precision=dot_precision(a.dtype), preferred_element_type=jnp.float32)

@@ -1,11 +1,18 @@
 """Expert MLPs over tokens that were routed to them, weights in their stored format (architecture section 6)."""
 
+import functools
+
 import jax
 
-from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.grouped_matmul import tpu, xla
+from pallas_kernels.grouped_matmul.gradient import with_gradient
 from pallas_kernels.implementation import choose
 
-_IMPLEMENTATIONS = {"xla": xla.expert_mlp}
+_IMPLEMENTATIONS = {
+    "xla": xla.expert_mlp_of_layer,
+    "tpu": with_gradient(tpu.expert_mlp),
+    "tpu_interpret": with_gradient(functools.partial(tpu.expert_mlp, interpret=True)),
+}
 
 
 def expert_mlp(
@@ -18,6 +25,7 @@ def expert_mlp(
     *,
     limit: float,
     simulate_activations: bool = False,
+    layer: jax.Array | int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The weighted sum of every token's experts: sum_k W2 (r_k * silu(min(W1 x, limit)) * clip(W3 x, +-limit)).
@@ -30,5 +38,17 @@ def expert_mlp(
     float32, cast to the dtype of x before W2, and the experts of a token are summed in float32 in the order of K.
     Returns [N, D] float32. Source: paper 2.1, 4.2.3.
     """
-    function = choose("expert_mlp", _IMPLEMENTATIONS, implementation)
-    return function(x, expert_ids, expert_weights, w1, w2, w3, limit=limit, simulate_activations=simulate_activations)
+    reason = functools.partial(tpu.unserved, x=x, w1=w1, w2=w2)
+    unserved = {"tpu": reason, "tpu_interpret": reason}
+    function = choose("expert_mlp", _IMPLEMENTATIONS, implementation, unserved)
+    return function(
+        x,
+        expert_ids,
+        expert_weights,
+        w1,
+        w2,
+        w3,
+        limit=limit,
+        simulate_activations=simulate_activations,
+        layer=layer,
+    )

@@ -59,6 +59,16 @@ def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_act
     return jnp.sum(jnp.where(local[..., None], gathered, 0.0), axis=1)
 
 
+def expert_mlp_of_layer(x, expert_ids, expert_weights, w1, w2, w3, *, layer, **options):
+    """``expert_mlp`` with one layer of stacked weights (None: they are not stacked)."""
+    if layer is not None:
+        w1, w2, w3 = (
+            tuple(None if a is None else lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in w)
+            for w in (w1, w2, w3)
+        )
+    return expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, **options)
+
+
 def _block_rows(assignments: int, experts: int) -> int:
     """Rows per block: about the mean group, a power of two, so that neither padding nor re-decoding dominates."""
     mean = max(1, assignments // experts)

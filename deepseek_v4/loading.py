@@ -1,0 +1,118 @@
+"""From the words of a command line to a model on devices: simulated devices, mesh, execution, checkpoint."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from deepseek_v4.checkpoint import open_checkpoint
+from deepseek_v4.config import Config
+from deepseek_v4.execution import SIMULATIONS, Execution
+from deepseek_v4.model import Model, Params
+from deepseek_v4.nn.variables import Storage
+from deepseek_v4.sharding import MESH_AXES, MeshError, Placement, check_placement, make_mesh
+from deepseek_v4.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint opened for devices; ``tokenizer`` is None if it has none. Its weights are not read yet."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+    checkpoint: Any
+
+    def restore(self) -> Params:
+        """The parameters, read straight onto their devices; raises ``CheckpointError``."""
+        return self.checkpoint.load(self.model)
+
+    @property
+    def chips(self) -> int:
+        """Devices that work together."""
+        placement = self.model.execution.placement
+        return 1 if placement is None else placement.mesh.size
+
+    @property
+    def description(self) -> str:
+        """Where and how the model runs, in one line."""
+        placement = self.model.execution.placement
+        device = jax.devices()[0]
+        mesh = "one device" if placement is None else ",".join(f"{a}={placement.mesh.shape[a]}" for a in MESH_AXES)
+        simulated = ",".join(sorted(self.model.execution.simulate))
+        return f"{device.device_kind}, {mesh}, {self.model.execution.dtype}" + (
+            simulated and f", simulating {simulated}"
+        )
+
+
+def simulate_devices(count: int | None) -> None:
+    """Makes ``count`` simulated CPU devices JAX's devices; call it before anything uses JAX (None: do nothing).
+
+    Raises ``ValueError`` for a count below 1 and ``RuntimeError`` if JAX has started already.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"simulated devices: expected at least 1, found {count}")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def parse_simulations(text: str) -> frozenset[str]:
+    """``"kv,indexer"`` to names; raises ``ValueError`` for an unknown one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in SIMULATIONS:
+            raise ValueError(f"simulate: unknown {name!r}, expected any of {','.join(SIMULATIONS)}")
+    return frozenset(names)
+
+
+def choose_placement(mesh: str | None, config: Config, storage: Storage) -> Placement | None:
+    """The placement that ``mesh`` names, or ``default_placement`` if it is None."""
+    return Placement(make_mesh(mesh)) if mesh is not None else default_placement(config, storage, jax.devices())
+
+
+def default_placement(config: Config, storage: Storage, devices: Sequence[jax.Device]) -> Placement | None:
+    """A mesh over all ``devices`` that fits the model; None for one device.
+
+    Experts are most of the weights and split best, so the expert axis takes most devices; every doubling of both axes
+    beyond that goes to the tensor axis, which also splits attention (8 devices: expert=4,tensor=2). Falls back to
+    other splits, ``data`` last, since it repeats the weights. Raises ``MeshError`` if none fits.
+    """
+    count = len(devices)
+    if count == 1:
+        return None
+    sizes = [
+        (data, expert, count // data // expert)
+        for data in range(1, count + 1)
+        if count % data == 0
+        for expert in range(1, count // data + 1)
+        if count // data % expert == 0
+    ]
+    # tensor closest below expert / 2 in ratio: 2 of 8, 4 of 32; ties to the larger expert axis.
+    sizes.sort(key=lambda size: (size[0], abs(2 * size[2] - size[1]), -size[1]))
+    for data, expert, tensor in sizes:
+        placement = Placement(make_mesh({"data": data, "expert": expert, "tensor": tensor}, devices))
+        try:
+            check_placement(placement, config, storage)
+        except MeshError:
+            continue
+        return placement
+    raise MeshError(f"no mesh of {count} devices fits this model; choose one with --mesh over fewer devices")
+
+
+def open_model(
+    checkpoint: str | Path, *, dtype: str = "bfloat16", simulate: str = "", mesh: str | None = None
+) -> Loaded:
+    """Opens a Hugging Face or Orbax directory and decides where it runs.
+
+    Raises ``CheckpointError``, ``ConfigError``, ``MeshError``, ``TokenizerError`` or ``ValueError``, each saying what
+    was wrong where.
+    """
+    execution = Execution(dtype, parse_simulations(simulate))
+    opened = open_checkpoint(checkpoint)
+    placement = choose_placement(mesh, opened.config, opened.storage)
+    model = Model(opened.config, opened.storage, dataclasses.replace(execution, placement=placement))
+    tokenizer = None if opened.tokenizer_path is None else Tokenizer.from_file(opened.tokenizer_path)
+    return Loaded(model, tokenizer, opened)

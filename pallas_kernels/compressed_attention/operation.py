@@ -1,0 +1,98 @@
+"""The declaration of ``compressed_attention``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compressed_attention import compressed_attention, tpu
+from pallas_kernels.compressed_attention.cost import attention_cost
+from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
+from pallas_kernels.targets import Chip
+
+_LAYERS = 2
+"""Layers stacked in the cache of a case: more than one, so that reading a layer as a slice would show as a copy."""
+
+_CI = {
+    "flash/csa/decode/64x128K",
+    "flash/hca/decode/64x1M",
+    "flash/swa/decode/64x8K",
+    "pro/csa/prefill/2048x1M",
+    "pro/hca/prefill/2048x1M",
+}
+
+
+def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, context: int) -> Case:
+    ratio = {"csa": model.csa_ratio, "hca": model.hca_ratio, "swa": 0}[kind]
+    batch = rows if phase == "decode" else 1
+    bf16, i32 = jnp.bfloat16, jnp.int32
+    arguments: dict[str, Any] = {
+        "q": jax.ShapeDtypeStruct((batch, queries, model.heads, model.head_dim), bf16),
+        "window": jax.ShapeDtypeStruct((batch, queries, model.head_dim), bf16),
+        "ring": jax.ShapeDtypeStruct((_LAYERS, batch, model.window, model.head_dim), bf16),
+        "sink": jax.ShapeDtypeStruct((model.heads,), jnp.float32),
+        "start": jax.ShapeDtypeStruct((batch,), i32),
+        "layer": jax.ShapeDtypeStruct((), i32),
+        "window_size": model.window,
+        "scale": model.head_dim**-0.5,
+    }
+    split = {"q": 0, "window": 0, "ring": 1, "start": 0}
+    selected = 0
+    if ratio:
+        total = context // ratio
+        selected = min(model.topk, total) if kind == "csa" else total
+        arguments["entries"] = jax.ShapeDtypeStruct((_LAYERS, batch, total, model.head_dim // 2), jnp.uint32)
+        arguments["counts"] = jax.ShapeDtypeStruct((batch, queries), i32)
+        split |= {"entries": 1, "counts": 0}
+        if kind == "csa":
+            arguments["indices"] = jax.ShapeDtypeStruct((batch, queries, selected), i32)
+            split["indices"] = 0
+    width = f"{rows}x{context_name(context)}" if phase == "decode" else f"{queries}x{context_name(context)}"
+    extra = f"x{queries}" if phase == "decode" and queries > 1 else ""
+    name = f"{model.name}/{kind}/{phase}/{width}{extra}"
+    cost = attention_cost(
+        batch=batch,
+        length=queries,
+        heads=model.heads,
+        width=model.head_dim,
+        window=model.window,
+        entries=selected,
+        indices=kind == "csa",
+        causal_ratio=ratio,
+        context=context,
+    )
+    return Case(
+        name=name,
+        arguments=arguments,
+        cost=cost,
+        # Prefill puts the one window before its chunk in order, a read of 128 rows.
+        protected=(("entries",) if ratio else ()) + (("ring",) if phase == "decode" else ()),
+        temporaries_limit=16 * MIB,
+        representative=name in _CI,
+        split=split,
+    )
+
+
+def cases() -> tuple[Case, ...]:
+    """Decode of 1, 64 and 256 rows and prefill of 2,048 queries at every context, of both models and all kinds."""
+    found = []
+    for model in MODELS:
+        for kind in ("csa", "hca"):
+            for context in CONTEXTS:
+                found += [_case(model, kind, "decode", rows, 1, context) for rows in DECODE_ROWS]
+                found.append(_case(model, kind, "prefill", 1, PREFILL_QUERIES, context))
+            found.append(_case(model, kind, "decode", 64, 4, 128 << 10))
+        found.append(_case(model, "swa", "decode", 64, 1, 8 << 10))
+        found.append(_case(model, "swa", "prefill", 1, PREFILL_QUERIES, 8 << 10))
+    return tuple(found)
+
+
+def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
+    if chip.platform != "tpu":
+        return "no GPU kernel"
+    return tpu.unserved(arguments["q"], arguments.get("entries"), arguments.get("indices"), arguments["window_size"])
+
+
+OPERATION = Operation("compressed_attention", compressed_attention, cases, _unserved)

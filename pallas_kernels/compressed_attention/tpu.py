@@ -1,0 +1,165 @@
+"""The TPU implementation of ``compressed_attention``: which kernel serves a call, with which block sizes.
+
+Entries are read where they lie, as words (``deepseek_v4.formats.pack_words``) or as float32; plain bfloat16 entries,
+which cannot be gathered by rows, are packed first, at the cost of a copy, so caches should be kept as words.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from deepseek_v4.cache import ring_read
+from deepseek_v4.formats import pack_words
+from pallas_kernels.compressed_attention.cost import attention_cost
+from pallas_kernels.compressed_attention.tpu_common import LANES, Plan, Tiles
+from pallas_kernels.compressed_attention.tpu_dense import dense_attention
+from pallas_kernels.compressed_attention.tpu_gather import gather_attention
+from pallas_kernels.targets import Chip, current_chip
+
+_MAX_QUERIES = 1 << 16
+"""Queries of one call whose counts fit in scalar memory beside everything else (4 bytes each of 1 MiB)."""
+
+
+def unserved(q: Any, entries: Any, indices: Any, window_size: int, *, compiled: bool = True) -> str | None:
+    """Why the kernel cannot serve arguments of these shapes and types, or None. ``compiled``: not interpreted."""
+    batch, length, heads, width = q.shape
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"queries are {q.dtype}, expected bfloat16 or float32"
+    if entries is not None:
+        expected = (jnp.uint32, jnp.bfloat16) if q.dtype == jnp.bfloat16 else (jnp.float32,)
+        if entries.dtype not in expected:
+            return f"{entries.dtype} entries with {q.dtype} queries"
+        if entries.shape[2] == 0:
+            return "a cache without rows"
+    if indices is not None and batch * length > _MAX_QUERIES:
+        return f"{batch * length} queries in one call, at most {_MAX_QUERIES}"
+    if window_size - 1 > Tiles.query_block and length > Tiles.decode_queries:
+        return f"a window of {window_size} tokens, at most {Tiles.query_block + 1}"
+    if compiled and width % (2 * LANES):
+        return f"head_dim {width} is not a multiple of {2 * LANES}"
+    if compiled and heads % 8:
+        return f"{heads} heads are not a multiple of 8"
+    return None
+
+
+def compressed_attention(
+    q: jax.Array,
+    window: jax.Array,
+    sink: jax.Array,
+    start: jax.Array,
+    *,
+    ring: jax.Array | None,
+    entries: jax.Array | None,
+    layer: jax.Array | int,
+    counts: jax.Array | None,
+    indices: jax.Array | None,
+    window_size: int,
+    scale: float,
+    tiles: Tiles | None = None,
+    cores: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """See ``pallas_kernels.compressed_attention.compressed_attention``.
+
+    ``tiles`` are block sizes, ``cores`` the TensorCores to deal the steps to where they divide evenly (default: those
+    of the chip), ``interpret`` what ``pallas_call`` takes.
+    """
+    batch, length, heads, width = q.shape
+    tiles = tiles or Tiles()
+    if entries is not None and entries.dtype == jnp.bfloat16:
+        entries = pack_words(entries)
+    window = window.astype(q.dtype)
+    decode = length <= tiles.decode_queries
+    gather = indices is not None
+    if not decode:
+        source = "blocks"
+        windows = _blocks(window, ring, layer, start, window_size, tiles.query_block)
+    elif ring is not None:
+        source, windows = "ring", (ring.astype(q.dtype), window)
+    else:
+        source, windows = "whole", (window,)
+    query_block = length if decode else tiles.query_block
+    # In decode every head shares the one pass over the entries; in prefill a block of queries already does.
+    head_block = heads if decode or gather else _divisor(heads, tiles.heads)
+    queries = _divisor(query_block, max(1, tiles.product_rows // head_block))
+    plan = Plan(
+        batch=batch,
+        length=length,
+        heads=heads,
+        width=width,
+        dtype=q.dtype,
+        window_size=window_size,
+        scale=scale,
+        source=source,
+        ring_rows=ring.shape[2] if source == "ring" else 0,
+        entry_rows=0 if entries is None else entries.shape[2],
+        entry_dtype=None if entries is None else entries.dtype,
+        query_block=query_block,
+        head_block=head_block,
+        product_rows=queries * head_block,
+        block=tiles.entries,
+        chunk=tiles.chunk,
+        group=tiles.group,
+        interpreted=bool(interpret),
+    )
+    steps = batch * length if gather else batch * plan.query_blocks * plan.head_blocks
+    if cores is None:
+        chip = None if interpret else current_chip()
+        cores = 1 if chip is None else chip.cores
+    plan = dataclasses.replace(plan, cores=1 if steps % cores else cores)
+    cost = attention_cost(
+        batch=batch,
+        length=length,
+        heads=heads,
+        width=width,
+        window=window_size,
+        entries=indices.shape[-1] if gather else plan.entry_rows,
+        indices=gather,
+        itemsize=q.dtype.itemsize,
+    )
+    estimate = pl.CostEstimate(
+        flops=cost.total_operations,
+        bytes_accessed=cost.bytes_moved,
+        transcendentals=cost.total_operations // (4 * width),
+    )
+    start = start.astype(jnp.int32)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    if gather:
+        return gather_attention(
+            plan, q, windows, sink, start, layer, entries, indices, cost=estimate, interpret=interpret
+        )
+    return dense_attention(plan, q, windows, sink, start, layer, entries, counts, cost=estimate, interpret=interpret)
+
+
+def interpreted(**arguments: Any) -> jax.Array:
+    """The kernel in Pallas' TPU interpreter, whose memory starts as NaN and whose transfers happen when awaited."""
+    return compressed_attention(**arguments, interpret=pltpu.InterpretParams())
+
+
+def unserved_by(q, entries, indices, window_size) -> dict[str, Callable[[Chip | None], str | None]]:
+    """The rule in the form that ``choose`` takes."""
+    return {
+        "tpu": lambda chip: unserved(q, entries, indices, window_size),
+        "tpu_interpret": lambda chip: unserved(q, entries, indices, window_size, compiled=False),
+    }
+
+
+def _blocks(window, ring, layer, start, window_size, size):
+    """(rows before the call, rows of the call twice): what the kernel reads as earlier, previous and own block."""
+    history = window_size - 1
+    if ring is not None:
+        before, new = ring_read(ring, layer, start, history).astype(window.dtype), window
+    else:
+        before, new = window[:, :history], window[:, history:]
+    before = jnp.pad(before, ((0, 0), (size - history, 0), (0, 0)))
+    return before, new, new
+
+
+def _divisor(number: int, largest: int) -> int:
+    """The largest divisor of ``number`` that is at most ``largest``."""
+    return max(d for d in range(1, min(number, largest) + 1) if number % d == 0)

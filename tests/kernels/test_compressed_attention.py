@@ -1,0 +1,279 @@
+"""compressed_attention: every implementation against a float64 oracle, at the edges, and bit for bit in company."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from deepseek_v4.formats import pack_words, unpack_words
+from pallas_kernels.compressed_attention import compressed_attention, tpu
+from pallas_kernels.compressed_attention.tpu_common import Tiles
+from pallas_kernels.gradients import with_twin_gradient
+
+WINDOW = 8
+HEADS, WIDTH = 8, 32
+SCALE = WIDTH**-0.5
+
+# Small enough that a few dozen entries take several turns of every loop.
+SMALL = Tiles(decode_queries=4, query_block=16, heads=4, product_rows=32, entries=16, chunk=8, group=4)
+
+
+def _small_tiles(cores):
+    def call(q, window, sink, start, **rest):
+        arguments = {"ring": None, "entries": None, "counts": None, "indices": None, "layer": 0} | rest
+        return tpu.compressed_attention(
+            q, window, sink, start, **arguments, tiles=SMALL, cores=cores, interpret=pltpu.InterpretParams()
+        )
+
+    return call
+
+
+def _named(implementation):
+    return lambda *args, **rest: compressed_attention(*args, **rest, implementation=implementation)
+
+
+IMPLEMENTATIONS = {
+    "xla": _named("xla"),
+    "tpu_interpret": _named("tpu_interpret"),
+    "tpu_interpret, small tiles": _small_tiles(1),
+    "tpu_interpret, small tiles, two cores": _small_tiles(2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Rows that begin at ``starts`` with ``length`` queries each; T entries, K indices (0: all visible)."""
+
+    starts: tuple[int, ...]
+    length: int = 1
+    total: int = 0
+    selected: int = 0
+    ring: int = 0
+    dtype: str = "float32"
+    words: bool = False
+    ratio: int = 4
+    indices: str = "holes"
+
+
+def make(problem: Problem, seed: int = 0):
+    """(args, kwargs) of the op: NaN wherever a reader has no business."""
+    p = problem
+    rng = np.random.default_rng(seed)
+    batch = len(p.starts)
+    q = rng.normal(size=(batch, p.length, HEADS, WIDTH)) * 2
+    sink = rng.normal(size=HEADS)
+    kwargs = {"window_size": WINDOW, "scale": SCALE, "layer": jnp.int32(1)}
+    if p.ring:
+        window = rng.normal(size=(batch, p.length, WIDTH))
+        ring = np.full((2, batch, p.ring, WIDTH), np.nan)
+        for b, start in enumerate(p.starts):
+            for position in range(max(0, start - p.ring), start):
+                ring[:, b, position % p.ring] = rng.normal(size=(2, WIDTH))
+        kwargs["ring"] = jnp.asarray(ring, p.dtype)
+    else:
+        window = rng.normal(size=(batch, WINDOW - 1 + p.length, WIDTH))
+    for b, start in enumerate(p.starts):
+        first = start if p.ring else start - (WINDOW - 1)
+        window[b, : max(0, -first)] = np.nan
+    if p.total:
+        positions = np.array(p.starts)[:, None] + np.arange(p.length)
+        counts = np.clip((positions + 1) // p.ratio, 0, p.total)
+        entries = rng.normal(size=(2, batch, p.total, WIDTH))
+        for b in range(batch):
+            entries[:, b, counts[b].max() :] = np.nan
+        entries = jnp.asarray(entries, p.dtype)
+        kwargs["entries"] = pack_words(entries) if p.words else entries
+        kwargs["counts"] = jnp.asarray(counts, jnp.int32)
+        if p.selected:
+            indices = np.full((batch, p.length, p.selected), -1)
+            for b in range(batch):
+                for s in range(p.length):
+                    number = min(counts[b, s], p.selected)
+                    if p.indices == "none" or number == 0:
+                        continue
+                    places = rng.permutation(p.selected)[:number] if p.indices == "holes" else np.arange(number)
+                    chosen = rng.permutation(counts[b, s])[:number]
+                    if p.indices == "repeated":
+                        chosen = rng.integers(0, counts[b, s], number)
+                    indices[b, s, places] = chosen
+            kwargs["indices"] = jnp.asarray(indices, jnp.int32)
+    args = (
+        jnp.asarray(q, p.dtype),
+        jnp.asarray(window, p.dtype),
+        jnp.asarray(sink, jnp.float32),
+        jnp.asarray(p.starts, jnp.int32),
+    )
+    return args, kwargs
+
+
+def oracle(args, kwargs):
+    """The op by its definition, one query and head at a time, in float64."""
+    q, window, sink, start = (np.asarray(a, np.float64) for a in args)
+    entries = kwargs.get("entries")
+    if entries is not None:
+        entries = unpack_words(entries) if entries.dtype == jnp.uint32 else entries
+        entries = np.asarray(entries, np.float64)[int(kwargs["layer"])]
+    ring = None if "ring" not in kwargs else np.asarray(kwargs["ring"], np.float64)[int(kwargs["layer"])]
+    out = np.zeros(q.shape)
+    batch, length, heads, _ = q.shape
+    for b in range(batch):
+        for s in range(length):
+            t = int(start[b]) + s
+            keys = []
+            for position in range(max(0, t - WINDOW + 1), t + 1):
+                if ring is None:
+                    keys.append(window[b, position - int(start[b]) + WINDOW - 1])
+                elif position >= start[b]:
+                    keys.append(window[b, position - int(start[b])])
+                else:
+                    keys.append(ring[b, position % ring.shape[1]])
+            if entries is not None:
+                if "indices" in kwargs:
+                    chosen = [i for i in np.asarray(kwargs["indices"])[b, s] if i >= 0]
+                else:
+                    chosen = range(int(kwargs["counts"][b, s]))
+                keys += [entries[b, i] for i in chosen]
+            if not keys:
+                continue
+            keys = np.stack(keys)
+            for h in range(heads):
+                weights = np.exp(keys @ q[b, s, h] * kwargs["scale"])
+                out[b, s, h] = weights @ keys / (weights.sum() + np.exp(sink[h]))
+    return out
+
+
+# float32: the oracle's sums of at most 60 keys of unit size differ by tens of units of 2^-24 of the result's size.
+# bfloat16: weights and outputs are rounded to 8 bits, and outputs here are below 4: twice 4 * 2^-9, and the weights'
+# errors average out.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
+
+PROBLEMS = {
+    "window only, ring": Problem((0, 5, 40), ring=9),
+    "window only, whole, several queries": Problem((0, 3, 40), length=3),
+    "nothing to see but the sink": Problem((-3, -1), length=2),
+    "all visible, one query": Problem((0, 3, 100), total=37, ring=7),
+    "all visible, few queries": Problem((0, 5, 100), length=3, total=37, ring=11),
+    "all visible, no entry yet": Problem((0, 1), total=5, ring=8),
+    "all visible, one row of cache": Problem((2, 9), total=1),
+    "all visible, words": Problem((0, 2, 100), length=2, total=37, dtype="bfloat16", words=True, ring=8),
+    "all visible, plain bfloat16": Problem((7, 90), total=23, dtype="bfloat16"),
+    "all visible, chunk": Problem((0, 100), length=21, total=37, ring=9),
+    "all visible, chunk, whole window": Problem((3, 61), length=35, total=30),
+    "selected": Problem((0, 5, 100), length=2, total=37, selected=12, ring=8),
+    "selected, words": Problem((1, 60, 100), total=37, selected=20, dtype="bfloat16", words=True, ring=8),
+    "selected, more indices than entries": Problem((0, 17), total=5, selected=19),
+    "selected, repeated": Problem((30, 90), total=29, selected=9, indices="repeated"),
+    "selected, all padding": Problem((30, 90), total=29, selected=9, indices="none"),
+    "selected, chunk": Problem((100,), length=35, total=37, selected=6, ring=9),
+    "window only, chunk": Problem((5,), length=40, ring=8),
+}
+
+
+# The interpreter takes seconds per call: what depends on neither tile sizes nor cores is not run for each of them.
+CHUNKS = ("all visible, chunk", "all visible, chunk, whole window", "selected, chunk", "window only, chunk")
+RUNS = {
+    "xla": tuple(PROBLEMS),
+    "tpu_interpret": ("window only, ring", "all visible, words", "selected, words", *CHUNKS[:1], "selected, chunk"),
+    "tpu_interpret, small tiles": tuple(PROBLEMS),
+    "tpu_interpret, small tiles, two cores": ("all visible, words", "selected, words", *CHUNKS[1:3]),
+}
+
+
+@pytest.mark.parametrize(("implementation", "name"), [(i, name) for i, names in RUNS.items() for name in names])
+def test_against_oracle(implementation, name):
+    problem = PROBLEMS[name]
+    args, kwargs = make(problem)
+    got = IMPLEMENTATIONS[implementation](*args, **kwargs)
+    assert got.dtype == args[0].dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), oracle(args, kwargs), atol=TOLERANCE[problem.dtype], rtol=0)
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS["all visible, few queries"], PROBLEMS["selected"]], ids=["all", "few"])
+@pytest.mark.parametrize("implementation", ["tpu_interpret, small tiles"])
+def test_a_row_is_the_same_in_any_company(implementation, problem):
+    """Alone, in another slot, with a larger cache and more padding: the same bits."""
+    call = IMPLEMENTATIONS[implementation]
+    args, kwargs = make(problem)
+    together = np.asarray(call(*args, **kwargs))
+    order = np.array([2, 0, 1])
+    for rows in (order, order[:1]):
+        q, window, sink, start = args
+        moved = dict(kwargs, ring=kwargs["ring"][:, rows], counts=kwargs["counts"][rows])
+        entries = kwargs["entries"][:, rows]
+        moved["entries"] = jnp.pad(entries, [(0, 0), (0, 0), (0, 27), (0, 0)], constant_values=jnp.nan)
+        if "indices" in kwargs:
+            moved["indices"] = jnp.pad(kwargs["indices"][rows], [(0, 0), (0, 0), (0, 9)], constant_values=-1)
+        got = call(q[rows], window[rows], sink, start[rows], **moved)
+        np.testing.assert_array_equal(np.asarray(got), together[rows])
+
+
+def test_gradients_are_those_of_the_definition():
+    """Of the twin against finite differences of the oracle; of the kernel against the twin."""
+    problem = Problem((2, 30), length=2, total=9, selected=4, indices="repeated")
+    args, kwargs = make(problem)
+    args = (args[0], jnp.nan_to_num(args[1]), *args[2:])
+    entries = jnp.nan_to_num(kwargs.pop("entries"))
+    rng = np.random.default_rng(5)
+    direction = [rng.normal(size=a.shape) for a in (*args[:3], entries)]
+    cotangent = rng.normal(size=args[0].shape)
+
+    def loss(call):
+        def value(q, window, sink, entries):
+            return jnp.sum(call(q, window, sink, args[3], entries=entries, **kwargs) * cotangent)
+
+        return jax.grad(value, argnums=(0, 1, 2, 3))(*args[:3], entries)
+
+    twin = loss(IMPLEMENTATIONS["xla"])
+
+    def at(step):
+        moved = [np.asarray(a, np.float64) + step * d for a, d in zip((*args[:3], entries), direction, strict=True)]
+        return np.sum(oracle((*moved[:3], args[3]), {**kwargs, "entries": _Float64(moved[3])}) * cotangent)
+
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    along = sum(float(np.sum(np.asarray(g, np.float64) * d)) for g, d in zip(twin, direction, strict=True))
+    # A central difference of step 1e-5 is good to about 1e-9; the rest is the twin's float32.
+    assert along == pytest.approx(slope, rel=1e-4)
+    for ours, theirs in zip(loss(IMPLEMENTATIONS["tpu_interpret"]), twin, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+class _Float64(np.ndarray):
+    """Entries that stay float64 on their way through the oracle."""
+
+    def __new__(cls, values):
+        return np.asarray(values).view(cls)
+
+
+def test_gradient_leaves_integers_and_words_alone():
+    args, kwargs = make(PROBLEMS["all visible, words"])
+
+    def value(q):
+        call = with_twin_gradient(_small_tiles(1), _named("xla"))
+        return jnp.sum(call(q=q, window=args[1], sink=args[2], start=args[3], **kwargs).astype(jnp.float32))
+
+    assert np.all(np.isfinite(np.asarray(jax.grad(value)(args[0]), np.float32)))
+
+
+def test_words_hold_every_number():
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(64, 1024)
+    rows = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
+    words = pack_words(rows)
+    assert words.shape == (64, 512)
+    assert words.dtype == jnp.uint32
+    back = np.asarray(jax.lax.bitcast_convert_type(unpack_words(words), jnp.uint16))
+    number = ~np.isnan(np.asarray(rows, np.float32))
+    np.testing.assert_array_equal(back[number], bits[number])
+    assert np.all(np.isnan(np.asarray(unpack_words(words), np.float32)[~number]))
+    with pytest.raises(ValueError, match="expected bfloat16"):
+        pack_words(jnp.zeros((2, 4), jnp.float32))
+
+
+def test_a_kernel_asked_for_by_name_says_why_it_cannot():
+    args, kwargs = make(PROBLEMS["selected"])
+    with pytest.raises(ValueError, match="head_dim 32 is not a multiple of 256"):
+        compressed_attention(*args, **kwargs, implementation="tpu")
+    with pytest.raises(ValueError, match=r"no implementation 'fast'; available: .*xla"):
+        compressed_attention(*args, **kwargs, implementation="fast")
