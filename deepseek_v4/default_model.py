@@ -22,6 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from deepseek_v4.checkpoint.export import to_hf
 from deepseek_v4.checkpoint.layout import Item, item_specs, items
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
+from deepseek_v4.checkpoint.source import Leaf
 from deepseek_v4.config import Config
 from deepseek_v4.initialise import initialise
 from deepseek_v4.nn.variables import RELEASED, Storage
@@ -141,25 +142,18 @@ def train_tokenizer() -> str:
     return tokenizer.to_str(pretty=True) + "\n"
 
 
-@dataclasses.dataclass(frozen=True)
 class _ArrayLeaf:
     """A parameter in memory, as ``checkpoint.source.Leaf`` wants it."""
 
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.shape = array.shape
+        self.dtype = array.dtype
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         return np.array(self.array[index])
 
 
-@dataclasses.dataclass(frozen=True)
 class RandomSource:
     """A checkpoint that is nowhere yet: seeded random weights for the model that ``directory``'s config.json describes.
 
@@ -167,17 +161,14 @@ class RandomSource:
     function of the configuration, ``storage`` and ``seed``.
     """
 
-    directory: Path = CONFIG_DIRECTORY
-    seed: int = 0
-    storage: Storage = RELEASED
-    draft_copies: tuple[str, ...] = ()
+    def __init__(self, directory: Path = CONFIG_DIRECTORY, seed: int = 0, storage: Storage = RELEASED):
+        self.directory = directory
+        self.seed = seed
+        self.config = Config.from_file(directory)
+        self.storage = storage
+        self.draft_copies: tuple[str, ...] = ()
 
-    @functools.cached_property
-    def config(self) -> Config:
-        """The model's configuration."""
-        return Config.from_file(self.directory)
-
-    def leaves(self, item: Item) -> Mapping[LeafPath, _ArrayLeaf]:
+    def leaves(self, item: Item) -> Mapping[LeafPath, Leaf]:
         """Random values of one item's parameters by path; every item draws from its own stream."""
         number = [known.name for known in items(self.config)].index(item.name)
         specs = tuple(item_specs(item, self.config, self.storage).items())
@@ -201,7 +192,8 @@ class RandomSource:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _random_item(config: Config, specs: tuple, seed: jax.Array, number: jax.Array) -> dict[str, Any]:
     # Compiled once per kind of layer; one seed per item, since equal paths draw equal values.
-    return initialise(config, nest(dict(specs)), jax.random.bits(jax.random.fold_in(jax.random.key(seed), number)))
+    stream: Any = jax.random.bits(jax.random.fold_in(jax.random.key(seed), number))
+    return initialise(config, nest(dict(specs)), stream)
 
 
 def write_default(directory: str | Path, seed: int = 0) -> Path:

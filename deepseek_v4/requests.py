@@ -52,7 +52,7 @@ def read_lines(path: str | Path) -> list[Line]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
-    lines = []
+    lines: list[Line] = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         text = raw.decode("utf-8", errors="surrogateescape").strip()
         if text:

@@ -16,10 +16,10 @@ class Sampling(NamedTuple):
     random stream of a row (``stream`` is the index of its request, so equal prompts under one seed differ).
     """
 
-    temperature: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
-    stream: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    seed: jax.Array | np.ndarray
+    stream: jax.Array | np.ndarray
 
     @classmethod
     def of(cls, rows: Sequence[tuple[float, float, int, int]]) -> "Sampling":
@@ -28,13 +28,9 @@ class Sampling(NamedTuple):
             check_sampling(temperature, top_p, seed)
             if not 0 <= stream < 2**32:
                 raise ValueError(f"stream: expected 0 .. 2**32 - 1, found {stream}")
-        temperature, top_p, seed, stream = zip(*rows, strict=True)
-        return cls(
-            np.asarray(temperature, np.float32),
-            np.asarray(top_p, np.float32),
-            np.asarray(seed, np.uint32),
-            np.asarray(stream, np.uint32),
-        )
+        kinds = (np.float32, np.float32, np.uint32, np.uint32)
+        columns = zip(*rows, strict=True)
+        return cls(*(np.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))
 
 
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:

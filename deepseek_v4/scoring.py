@@ -65,16 +65,14 @@ def _score_batch(model: Model, params: Params, rows, batch: int, chunk: int, max
         targets = padded[:, start + 1 : start + 1 + chunk]
         taken = np.clip(lengths - start, 0, chunk).astype(np.int32)
         *arrays, cache = score_chunk(model, params, cache, tokens, targets, taken, mtp)
-        arrays = jax.device_get(arrays)
+        arrays = jax.device_get([array for array in arrays if array is not None])
         for index, parts in enumerate(pieces):
             if taken[index]:
-                parts.append([None if a is None else np.array(a[index, : taken[index]]) for a in arrays])
+                parts.append([np.array(array[index, : taken[index]]) for array in arrays])
     for parts in pieces:
-        logits, logprobs, draft = (
-            None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)
-        )
+        logits, logprobs, *draft = (np.concatenate(column) for column in zip(*parts, strict=True))
         # The draft output at a token belongs to the position before it; the last token has no successor to score.
-        yield Scores(logits, logprobs[:-1], None if draft is None else draft[1:])
+        yield Scores(logits, logprobs[:-1], draft[0][1:] if mtp else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)

@@ -67,8 +67,8 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a raw prompt: ``encode``, with the BOS token in front where the tokenizer asks for one."""
         ids = self.encode(text)
-        if self.add_bos and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
+        if self.add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            return [self.bos_token_id, *ids]
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -54,13 +55,18 @@ class Report:
 
 
 def compile_case(
-    operation: Operation, case: Case, target: str, *, devices: list | None = None, fallbacks: bool = False
+    operation: Operation,
+    case: Case,
+    target: str,
+    devices: Callable[[str], list] = abstract_devices,
+    *,
+    fallbacks: bool = False,
 ) -> Report:
     """Compiles ``case`` for ``target`` with the kernel that serves it there.
 
     Where the operation's rule says that no kernel does, the row says why, and the twin is compiled in its place only
-    with ``fallbacks``. A compiler's refusal is a row with ``error``, not an exception. ``devices`` are those of
-    ``abstract_devices(target)``, when the caller has them already.
+    with ``fallbacks``. A compiler's refusal is a row with ``error``, not an exception. ``devices`` gives the devices of
+    a target and is asked only if there is something to compile; it raises ``TargetError`` where it cannot.
     """
     where = chip(target)
     fallback = operation.unserved(where, case.arguments)
@@ -70,7 +76,7 @@ def compile_case(
         return report
     count = devices_needed(case, where)
     report = dataclasses.replace(report, devices=count)
-    mesh = Mesh(np.array((devices or abstract_devices(target))[:count]), ("device",))
+    mesh = Mesh(np.array(devices(target)[:count]), ("device",))
     start = time.perf_counter()
     try:
         compiled = lower(operation, case, implementation, mesh).compile()

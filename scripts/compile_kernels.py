@@ -9,6 +9,7 @@ that do not fit one device are shared by several, and each has its part of the b
 """
 
 import dataclasses
+import functools
 import os
 import sys
 
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from pallas_kernels.compile_table import Report, compile_case
 from pallas_kernels.registry import cases_matching, operations
-from pallas_kernels.targets import abstract_devices, chip
+from pallas_kernels.targets import TargetError, abstract_devices, chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ def main(options: Options) -> int:
         raise SystemExit(f"unknown operations {sorted(unknown)}; known: {', '.join(declared)}")
     console = Console(width=None if sys.stdout.isatty() else 190)
     rows: list[Report] = []
+    devices = functools.cache(abstract_devices)
     for target in options.targets:
-        devices = abstract_devices(target)
         for name, operation in declared.items():
             if options.ops and name not in options.ops:
                 continue
@@ -60,7 +61,7 @@ def main(options: Options) -> int:
                 if options.representative and not case.representative:
                     continue
                 with console.status(f"{target} {name} {case.name}"):
-                    rows.append(compile_case(operation, case, target, devices=devices, fallbacks=options.fallbacks))
+                    rows.append(compile_case(operation, case, target, devices, fallbacks=options.fallbacks))
     console.print(table(rows))
     failed = [row for row in rows if row.failures]
     for row in failed:
@@ -101,4 +102,7 @@ def table(rows: list[Report]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    try:
+        sys.exit(main(tyro.cli(Options, description=__doc__)))
+    except TargetError as error:
+        sys.exit(str(error))

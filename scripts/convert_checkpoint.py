@@ -227,9 +227,9 @@ def _print_inspection(found: Inspection, console: Console) -> None:
         "format": f"{found.format}, {found.files} {'items' if found.format == 'Orbax' else 'files'}",
         "names": found.naming,
         "tensors": f"{found.tensors:,} ({found.draft_tensors:,} of draft layers)",
-        "parameters": f"{found.parameters / 1e9:,.2f} B, {found.parameters_without_draft / 1e9:,.2f} B without draft layer",
+        "parameters": f"{_billions(found.parameters)}, {_billions(found.parameters_without_draft)} without draft layer",
         "layers": f"{kinds}; {found.config.num_hash_layers} with hash routing",
-        "draft layer": f"{found.config.drafter} ({draft / 1e9:,.2f} B)" if found.config.drafter else "none",
+        "draft layer": f"{found.config.drafter} ({_billions(draft)})" if found.config.drafter else "none",
         "stored in": _formats(found),
         "bytes": f"{found.total_bytes:,} in {found.elements:,} stored elements",
     }
@@ -251,6 +251,10 @@ def _print_inspection(found: Inspection, console: Console) -> None:
         console.print(f"NOT complete, {len(found.problems)} problems:", style="bold")
         for problem in found.problems:
             console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e9:.6f} B"
 
 
 def _gigabytes(size: int) -> str:

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(console: Console, text: str) -> None:
-    console.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"error: {text}", style="red", markup=False, highlight=False)
 
 
 def _open(args: Arguments) -> tuple[Loaded, int]:
@@ -218,10 +218,10 @@ def _run_file(args: Arguments, console: Console) -> int:
     with ResultFile(args.output, lines, settings, resume=args.resume) as results:
         if results.finished:
             console.print(f"{len(results.finished)} of {len(lines)} requests were finished earlier", highlight=False)
-        for index, error in errors.items():
+        for index, problem in errors.items():
             if index not in results.finished:
-                _complain(console, error)
-                results.add(_error_record(index, (), "", error))
+                _complain(console, problem)
+                results.add(_error_record(index, (), "", problem))
         pending = [index for index in prompts if index not in results.finished]
         if pending:
             _run_pending(args, console, loaded, prompts, pending, results)

@@ -69,11 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("[yellow]stopped[/]; nothing was written")
         return 130
     except (ValueError, OSError) as error:
-        (console.print(f"error: {error}", style="red", markup=False, highlight=False),)
+        _complain(console, str(error))
     except jax.errors.JaxRuntimeError as error:
-        text = f"error: the device failed: {error}\ntry a smaller --batch-size or --prefill-chunk"
-        console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        _complain(console, f"the device failed: {error}\ntry a smaller --batch-size or --prefill-chunk")
     return 1
+
+
+def _complain(console: Console, text: str) -> None:
+    console.print(f"error: {text}", style="red", markup=False, highlight=False)
 
 
 def _run(args: Arguments, console: Console) -> None:

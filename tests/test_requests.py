@@ -19,6 +19,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(CONFIG_DIRECTORY)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=1))
 def test_token_ids_are_taken_as_they_are(ids):
     prompt = parse_line(json.dumps({"token_ids": ids}), VOCAB)

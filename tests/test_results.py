@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v4.requests import Line
@@ -28,6 +28,7 @@ def whole(count):
     return [record(i) for i in range(count)]
 
 
+@settings(deadline=None)
 @given(order=st.permutations(range(7)))
 def test_results_are_written_in_input_order_as_soon_as_possible(tmp_path_factory, order):
     path = tmp_path_factory.mktemp("results") / "out.jsonl"
@@ -39,6 +40,7 @@ def test_results_are_written_in_input_order_as_soon_as_possible(tmp_path_factory
     assert read(path) == whole(7)
 
 
+@settings(deadline=None)
 @given(order=st.permutations(range(6)), stop=st.integers(0, 6), torn=st.integers(0, 60), more=st.integers(0, 2))
 def test_any_interruption_can_be_resumed(tmp_path_factory, order, stop, torn, more):
     path = tmp_path_factory.mktemp("results") / "out.jsonl"

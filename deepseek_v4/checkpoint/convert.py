@@ -154,7 +154,8 @@ def to_orbax(
     if (directory / MANIFEST_FILE).exists():
         if read_manifest(directory) != manifest or any(not planned.finished for planned in plan.items):
             raise CheckpointError(
-                f"{directory}: already holds a finished conversion of another source; remove it or choose another target"
+                f"{directory}: already holds a finished conversion of another source; "
+                "remove it or choose another target"
             )
         return True
 

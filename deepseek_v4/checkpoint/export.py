@@ -12,8 +12,8 @@ from deepseek_v4.checkpoint.errors import CheckpointError
 from deepseek_v4.checkpoint.huggingface import INDEX_FILE
 from deepseek_v4.checkpoint.layout import Item, Shard, items, shards
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
-from deepseek_v4.checkpoint.safetensors import Entry, build_header, write_safetensors
-from deepseek_v4.checkpoint.source import Source, pieces, read_ahead, whole
+from deepseek_v4.checkpoint.safetensors import Entry, Index, build_header, write_safetensors
+from deepseek_v4.checkpoint.source import Leaf, Source, pieces, read_ahead, whole
 
 _PROGRESS_FILE = ".to-hf.json"
 
@@ -91,16 +91,14 @@ def _write_shard(source: Source, shard: Shard, directory: FilePath, on_bytes: Ca
         surround = source.leaves(shell)
         layers = source.leaves(shard.item)
 
-    def reads(entries: list[Entry]) -> Iterator[Callable[[], np.ndarray]]:
+    def reads(entries: list[Entry]) -> Iterator[tuple[Leaf, Index]]:
         for entry in entries:
             tensor = shard.tensors[entry.name]
             leaf = (surround if surround and entry.name in source.draft_copies else layers)[tensor.path]
             if tensor.expert is not None:
-                index = (slice(tensor.expert, tensor.expert + 1), *whole(leaf)[1:])
-                yield lambda leaf=leaf, index=index: leaf.read(index)
+                yield leaf, (slice(tensor.expert, tensor.expert + 1), *whole(leaf)[1:])
             else:
-                for index in pieces(tensor.path, leaf):
-                    yield lambda leaf=leaf, index=index: leaf.read(index)
+                yield from ((leaf, index) for index in pieces(tensor.path, leaf))
 
     def contents(entries: list[Entry]) -> Iterator[np.ndarray]:
         for array in read_ahead(reads(entries)):

@@ -44,7 +44,8 @@ def read_manifest(directory: FilePath) -> dict[str, Any]:
     except FileNotFoundError:
         if (directory / "items").is_dir():
             raise CheckpointError(
-                f"{directory}: an unfinished conversion (no {MANIFEST_FILE}); run the same to-orbax command to finish it"
+                f"{directory}: an unfinished conversion (no {MANIFEST_FILE}); "
+                "run the same to-orbax command to finish it"
             ) from None
         raise CheckpointError(f"{directory}: no {MANIFEST_FILE}; not a converted checkpoint") from None
     except json.JSONDecodeError as error:
@@ -83,7 +84,8 @@ class OrbaxSource:
             elif found != expected:
                 different = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
                 self.problems += [
-                    f"{item.name}: {name}: config.json asks for {expected.get(name)}, the manifest says {found.get(name)}"
+                    f"{item.name}: {name}: config.json asks for {expected.get(name)}, "
+                    f"the manifest says {found.get(name)}"
                     for name in different
                 ]
             elif not (self.directory / "items" / item.name).is_dir():

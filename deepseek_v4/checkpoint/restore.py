@@ -1,11 +1,12 @@
 """Restoring parameters onto devices, straight from either format, and saving them again."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,20 +166,12 @@ class _Reader:
             leaves = _checked_leaves(source, repeats[0], layer_specs)
             return nest({path: self._place(_Lifted(leaves[path]), self._sharding(spec)) for path, spec in flat.items()})
         shardings = {path: self._sharding(spec) for path, spec in flat.items()}
-        stacked = jax.jit(
-            lambda: {path: jnp.zeros(spec.shape, spec.dtype) for path, spec in flat.items()}, out_shardings=shardings
-        )()
-        insert = jax.jit(
-            lambda stacked, layer, row: {
-                path: lax.dynamic_update_index_in_dim(stacked[path], layer[path], row, 0) for path in stacked
-            },
-            donate_argnums=0,
-            out_shardings=shardings,
-        )
+        layout = _Layout(tuple((path, spec.shape, spec.dtype, shardings[path]) for path, spec in flat.items()))
+        stacked = _zeros(layout)
         for row, item in enumerate(repeats):
             leaves = _checked_leaves(source, item, layer_specs)
             layer = {path: self._place(leaves[path], self._sharding(spec)) for path, spec in layer_specs.items()}
-            stacked = insert(stacked, layer, row)
+            stacked = _insert(stacked, layer, row, layout)
             # Reading further ahead would hold more than one layer beside the stack.
             jax.block_until_ready(stacked)
         return nest(stacked)
@@ -195,6 +188,33 @@ class _Reader:
         self._on_bytes(sum(part.nbytes for part in parts.values()))
         shards = [jax.device_put(parts[key], device) for device, key in keys.items()]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+class _Layout(NamedTuple):
+    """Shape, dtype and layout of several arrays by path, as one hashable value."""
+
+    arrays: tuple[tuple[Path, tuple[int, ...], jnp.dtype, Sharding], ...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(layout: _Layout) -> dict[Path, jax.Array]:
+    return {
+        path: lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+        for path, shape, dtype, sharding in layout.arrays
+    }
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _insert(
+    stacked: dict[Path, jax.Array], layer: dict[Path, jax.Array], row: int, layout: _Layout
+) -> dict[Path, jax.Array]:
+    """``layer`` as row ``row`` of ``stacked``, whose memory becomes the result's."""
+    return {
+        path: lax.with_sharding_constraint(
+            lax.dynamic_update_index_in_dim(stacked[path], layer[path], row, 0), sharding
+        )
+        for path, _, _, sharding in layout.arrays
+    }
 
 
 class _Lifted:

@@ -1,7 +1,9 @@
 """What a checkpoint offers, whatever its format: the leaves of every item, readable in parts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import collections
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,22 +72,21 @@ def pieces(path: Path, leaf: Leaf) -> Iterator[Index]:
         )
 
 
-def read_ahead(reads: Iterable[Callable[[], np.ndarray]], limit_bytes: int = 4 * PIECE_BYTES) -> Iterator[np.ndarray]:
-    """Runs ``reads`` in order on two threads, ahead of the consumer by at most ``limit_bytes`` of results (or one)."""
-    waiting: list = []
-    size = 0
+def read_ahead(reads: Iterable[tuple[Leaf, Index]], limit_bytes: int = 4 * PIECE_BYTES) -> Iterator[np.ndarray]:
+    """The given parts in order, read by two threads at most ``limit_bytes`` (or one part) ahead of the consumer."""
+    waiting: collections.deque[tuple[Future[np.ndarray], int]] = collections.deque()
+    held = 0
     with ThreadPoolExecutor(2) as pool:
-        for read in reads:
-            waiting.append(pool.submit(read))
-            # The size of a result is known when it is there; assume the next is as large as the last.
-            while waiting and (len(waiting) > 64 or (len(waiting) + 1) * size > limit_bytes):
-                array = waiting.pop(0).result()
-                size = array.nbytes
-                yield array
-            if size == 0:
-                size = waiting[0].result().nbytes
-        for future in waiting:
-            yield future.result()
+        for leaf, index in reads:
+            size = math.prod(s.stop - s.start for s in index) * leaf.dtype.itemsize
+            while waiting and held + size > limit_bytes:
+                future, count = waiting.popleft()
+                yield future.result()
+                held -= count
+            waiting.append((pool.submit(leaf.read, index), size))
+            held += size
+        while waiting:
+            yield waiting.popleft()[0].result()
 
 
 def bad_values(source: Source, item: Item) -> list[str]:

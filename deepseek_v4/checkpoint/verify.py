@@ -1,7 +1,7 @@
 """Tensor-by-tensor equality of two checkpoints of any formats."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -84,13 +84,8 @@ def _compare_item(
             widened += tensors if a.dtype != b.dtype else 0
             work += [(path, a, b, index) for index in pieces(path, a)]
 
-    def reads() -> Iterator[Callable[[], np.ndarray]]:
-        for _, a, b, index in work:
-            yield lambda a=a, index=index: a.read(index)
-            yield lambda b=b, index=index: b.read(index)
-
     different: dict[str, int] = {}
-    arrays = read_ahead(reads())
+    arrays = read_ahead((leaf, index) for _, a, b, index in work for leaf in (a, b))
     for path, a, b, index in work:
         x, y = next(arrays), next(arrays)
         on_bytes(x.nbytes)

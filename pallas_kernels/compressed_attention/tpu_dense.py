@@ -191,7 +191,8 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
             slot[0] = 0
             transfers(core, step, 0, 0, start_copy)
 
-    @pl.when(g == 0)
+    # A core's first step may fall inside a block of queries that another core began.
+    @pl.when((step == 0) | (g == 0))
     def _():
         fill_window(p, tuple(windows), window, start, i)
 

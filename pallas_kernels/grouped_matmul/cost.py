@@ -18,31 +18,48 @@ def expert_bytes(kind: str, hidden: int, width: int, scale_itemsize: int = 1) ->
 
 
 def expert_mlp_cost(
-    *, kind: str, tokens: int, choices: int, hidden: int, width: int, experts: int, touched: int | None = None
+    *,
+    kind: str,
+    tokens: int,
+    choices: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    touched: int | None = None,
+    scale_itemsize: int = 1,
 ) -> Cost:
-    """What the call must move and compute when ``touched`` experts have rows and serve every assignment.
+    """What the call must move and compute when ``touched`` experts have rows and all a token can choose are here.
 
     By default as many experts as there can be: all, or one per assignment. Each is read once; bfloat16 rows are read
     once, ids and routing weights too, and float32 results are written once.
     """
-    assignments = tokens * choices
-    touched = min(experts, assignments) if touched is None else touched
+    served = tokens * min(choices, experts)
+    touched = min(experts, served) if touched is None else touched
+    weights = touched * expert_bytes(kind, hidden, width, scale_itemsize)
     return Cost(
-        bytes_read=touched * expert_bytes(kind, hidden, width) + 2 * tokens * hidden + 8 * assignments,
+        bytes_read=weights + 2 * tokens * hidden + 8 * tokens * choices,
         bytes_written=4 * tokens * hidden,
-        operations=MappingProxyType({"bfloat16": 6 * assignments * hidden * width}),
+        operations=MappingProxyType({"bfloat16": 6 * served * hidden * width}),
     )
 
 
 def kernel_bytes(
-    *, kind: str, tokens: int, choices: int, hidden: int, width: int, experts: int, blocks: int | None = None
+    *,
+    kind: str,
+    tokens: int,
+    choices: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    blocks: int | None = None,
+    scale_itemsize: int = 1,
 ) -> int:
     """What the TPU kernel moves for ``blocks`` blocks of rows (default: one per expert that can be touched).
 
     A block reads its expert; a row of x is packed once and fetched once per choice; a float32 sum is cleared once, and
     read and written once per choice.
     """
-    assignments = tokens * choices
-    blocks = min(experts, assignments) if blocks is None else blocks
-    row_traffic = 2 * hidden * (2 * tokens + assignments) + 4 * hidden * (tokens + 2 * assignments)
-    return blocks * expert_bytes(kind, hidden, width) + row_traffic + 16 * assignments
+    served = tokens * min(choices, experts)
+    blocks = min(experts, served) if blocks is None else blocks
+    rows = 2 * hidden * (2 * tokens + served) + 4 * hidden * (tokens + 2 * served)
+    return blocks * expert_bytes(kind, hidden, width, scale_itemsize) + rows + 16 * tokens * choices

@@ -49,7 +49,13 @@ def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) 
         name=name,
         arguments=arguments,
         cost=expert_mlp_cost(
-            kind=kind, tokens=tokens, choices=model.active_experts, hidden=d, width=m, experts=experts
+            kind=kind,
+            tokens=tokens,
+            choices=model.active_experts,
+            hidden=d,
+            width=m,
+            experts=experts,
+            scale_itemsize=4 if kind == "fp8" else 1,
         ),
         protected=("w1", "w2", "w3"),
         # Two cores each keep a partial sum of the output; for long calls rows become words, and that is all.

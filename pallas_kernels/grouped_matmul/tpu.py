@@ -320,26 +320,23 @@ def _kernel(plan: Plan, layer, expert, first, size, tokens, routing, *refs):
 
         transfers(block, read_sums, "start")
 
-    w1, w3, w2 = _decode(plan, weights, decoded, core * plan.tiles + tile, tile == 0)
-
-    def multiply(at):
-        gate = lax.dot_general(
-            rows[at, :], read_rows(w1, 0, plan.tile), _TRANSPOSED, preferred_element_type=jnp.float32
-        )
-        up = lax.dot_general(rows[at, :], read_rows(w3, 0, plan.tile), _TRANSPOSED, preferred_element_type=jnp.float32)
+    def activate(at, gate, up):
         weight = jnp.concatenate([scales[at, :]] * (plan.tile // LANES), axis=1)
         hidden = (clamped_swiglu(gate, up, plan.limit) * weight).astype(jnp.bfloat16)
         if plan.simulate:
             hidden = _simulate_fp8(hidden)
-        if plan.packed:
-            hidden = tpu_decode.split_even_odd(hidden, permutation[...])
+        return tpu_decode.split_even_odd(hidden, permutation[...]) if plan.packed else hidden
+
+    w1, w3, w2 = _decode(plan, weights, decoded, core * plan.tiles + tile, tile == 0)
+
+    def multiply(at):
+        gate = _product(rows[at, :], read_rows(w1, 0, plan.tile))
+        up = _product(rows[at, :], read_rows(w3, 0, plan.tile))
+        hidden = activate(at, gate, up)
 
         def down(i, _):
             start = pl.multiple_of(i * plan.down, plan.down)
-            matrix = read_rows(w2, start, plan.down)
-            total[at, pl.ds(start, plan.down)] += lax.dot_general(
-                hidden, matrix, _TRANSPOSED, preferred_element_type=jnp.float32
-            )
+            total[at, pl.ds(start, plan.down)] += _product(hidden, read_rows(w2, start, plan.down))
 
         lax.fori_loop(0, plan.hidden // plan.down, down, None)
 
@@ -373,6 +370,10 @@ def _exchange(index_map):
 def _split(value, permutation):
     """``split_even_odd`` in the two halves of a row, each a whole number of chunks or not at all."""
     return tpu_decode.split_even_odd(value, permutation[...])
+
+
+def _product(rows, matrix):
+    return lax.dot_general(rows, matrix, _TRANSPOSED, preferred_element_type=jnp.float32)
 
 
 def _decode(plan: Plan, weights, decoded, column, new_expert):

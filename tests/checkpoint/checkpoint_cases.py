@@ -4,8 +4,9 @@ import json
 import struct
 from pathlib import Path
 
-from deepseek_v4 import Config
 from released import _ORDER
+
+from deepseek_v4 import Config
 
 _BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1}
 

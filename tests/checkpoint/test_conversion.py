@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from checkpoint_cases import tiny_config
+from released import config_json, released_tensors, write_released, write_safetensors
 
 from deepseek_v4 import RELEASED, RELEASED_BASE, Config, Storage
 from deepseek_v4.checkpoint import (
@@ -31,7 +32,6 @@ from deepseek_v4.checkpoint import (
 )
 from deepseek_v4.checkpoint.layout import items
 from deepseek_v4.nn.variables import MASTER
-from released import config_json, released_tensors, write_released, write_safetensors
 
 SHORT = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 2, "n_routed_experts": 4}
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,12 +263,14 @@ def test_processes_share_a_conversion(tmp_path):
     script = ROOT / "scripts/convert_checkpoint.py"
     processes = [
         subprocess.Popen(
-            [sys.executable, script, "to-orbax", tmp_path / "a", tmp_path / "b"]
-            + ["--process-index", str(index), "--process-count", "2"],
+            [sys.executable, script, "to-orbax", tmp_path / "a", tmp_path / "b", *share],
             env=_environment(),
             stdout=subprocess.DEVNULL,
         )
-        for index in range(2)
+        for share in (
+            ["--process-index", "0", "--process-count", "2"],
+            ["--process-index", "1", "--process-count", "2"],
+        )
     ]
     assert [process.wait() for process in processes] == [0, 0]
     source = open_source(tmp_path / "b")
@@ -303,7 +305,7 @@ def test_two_processes_with_the_same_index_are_told_apart(tmp_path):
     assert to_orbax(open_source(tmp_path / "a"), tmp_path / "b")
 
 
-# --- what a source can be wrong about -----------------------------------------------------------------------------------
+# --- what a source can be wrong about ---------------------------------------------------------------------------------
 
 
 def _broken(directory: Path, change, storage=RELEASED, **options) -> HuggingFaceSource:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_cases import tiny_config
+from released import released_tensors, write_released, write_safetensors
 from rich.console import Console
 
 from deepseek_v4 import RELEASED, RELEASED_BASE
 from deepseek_v4.checkpoint import inspect_checkpoint
-from released import released_tensors, write_released, write_safetensors
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "scripts/convert_checkpoint.py"
 

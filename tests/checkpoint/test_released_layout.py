@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 from checkpoint_cases import inventory_shards, tiny_config
+from released import DTYPE_NAMES, released_tensors
 
 from deepseek_v4 import RELEASED, RELEASED_BASE, Config, Storage
 from deepseek_v4.checkpoint.inspection import logical_parameters
 from deepseek_v4.checkpoint.layout import item_tensors, items, shards
 from deepseek_v4.checkpoint.safetensors import build_header
 from deepseek_v4.nn.variables import MASTER
-from released import DTYPE_NAMES, released_tensors
 
 RELEASES = {
     "flash": (RELEASED, ()),

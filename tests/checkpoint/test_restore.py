@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoint_cases import tiny_config
+from released import released_tensors, write_released
 
 from deepseek_v4 import RELEASED, RELEASED_BASE, Execution, Model, Placement, make_mesh
 from deepseek_v4.checkpoint import (
@@ -20,7 +21,6 @@ from deepseek_v4.checkpoint import (
     to_orbax,
 )
 from deepseek_v4.parameters import flatten
-from released import released_tensors, write_released
 
 CONFIG = tiny_config(
     num_hidden_layers=5,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released import write_safetensors as write_independently
 
 from deepseek_v4.checkpoint import CheckpointError
 from deepseek_v4.checkpoint.safetensors import DTYPES, SafetensorsFile, write_safetensors
-from released import write_safetensors as write_independently
 
 
 def _random(rng, dtype, shape):

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 from checkpoint_cases import tiny_config
+from released import released_tensors, write_released, write_safetensors
 
 from deepseek_v4 import Storage
 from deepseek_v4.checkpoint import compare, open_huggingface, open_source, to_hf, to_orbax
 from deepseek_v4.checkpoint.names import translate
-from released import released_tensors, write_released, write_safetensors
 
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed")
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")

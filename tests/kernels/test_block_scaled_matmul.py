@@ -1,6 +1,7 @@
 """Dense linears on E4M3 weights, every implementation against float64."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_v4.formats import ACTIVATION_BLOCK, simulate_fp8
-from pallas_kernels.block_scaled_matmul import block_scaled_matmul, tpu
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul, operation, tpu
 
 IMPLEMENTATIONS = ("xla", "tpu_interpret")
 
@@ -147,3 +148,13 @@ def test_refuses_what_it_does_not_serve():
     codes, scale = jnp.zeros((192, 128), jnp.float8_e4m3fn), jnp.ones((2, 1), jnp.float32)
     with pytest.raises(ValueError, match="whole blocks"):
         block_scaled_matmul(x, codes, scale, implementation="tpu_interpret")
+
+
+def test_costs_are_the_bytes_of_the_arguments():
+    for case in operation.cases():
+        weight, scale, x = (case.arguments[name] for name in ("weight", "scale", "x"))
+        layer = (math.prod(weight.shape) + math.prod(scale.shape)) // weight.shape[0]
+        rows = math.prod(x.shape) // (case.arguments["groups"] * weight.shape[-1])
+        assert case.cost.bytes_read == layer + 2 * math.prod(x.shape)
+        assert case.cost.bytes_written == 2 * rows * weight.shape[1]
+        assert case.cost.operations["bfloat16"] == 2 * rows * math.prod(weight.shape[1:])

@@ -24,8 +24,9 @@ SMALL = Tiles(decode_queries=4, query_block=16, heads=4, product_rows=32, entrie
 def _small_tiles(cores):
     def call(q, window, sink, start, **rest):
         arguments = {"ring": None, "entries": None, "counts": None, "indices": None, "layer": 0} | rest
+        interpret = pltpu.InterpretParams(num_cores_or_threads=cores)
         return tpu.compressed_attention(
-            q, window, sink, start, **arguments, tiles=SMALL, cores=cores, interpret=pltpu.InterpretParams()
+            q, window, sink, start, **arguments, tiles=SMALL, cores=cores, interpret=interpret
         )
 
     return call
@@ -178,7 +179,7 @@ RUNS = {
     "xla": tuple(PROBLEMS),
     "tpu_interpret": ("window only, ring", "all visible, words", "selected, words", *CHUNKS[:1], "selected, chunk"),
     "tpu_interpret, small tiles": tuple(PROBLEMS),
-    "tpu_interpret, small tiles, two cores": ("all visible, words", "selected, words", *CHUNKS[1:3]),
+    "tpu_interpret, small tiles, two cores": ("all visible, words", "selected, words", *CHUNKS[1:]),
 }
 
 
@@ -257,23 +258,9 @@ def test_gradient_leaves_integers_and_words_alone():
     assert np.all(np.isfinite(np.asarray(jax.grad(value)(args[0]), np.float32)))
 
 
-def test_words_hold_every_number():
-    bits = np.arange(1 << 16, dtype=np.uint16).reshape(64, 1024)
-    rows = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
-    words = pack_words(rows)
-    assert words.shape == (64, 512)
-    assert words.dtype == jnp.uint32
-    back = np.asarray(jax.lax.bitcast_convert_type(unpack_words(words), jnp.uint16))
-    number = ~np.isnan(np.asarray(rows, np.float32))
-    np.testing.assert_array_equal(back[number], bits[number])
-    assert np.all(np.isnan(np.asarray(unpack_words(words), np.float32)[~number]))
-    with pytest.raises(ValueError, match="expected bfloat16"):
-        pack_words(jnp.zeros((2, 4), jnp.float32))
-
-
 def test_a_kernel_asked_for_by_name_says_why_it_cannot():
     args, kwargs = make(PROBLEMS["selected"])
-    with pytest.raises(ValueError, match="head_dim 32 is not a multiple of 256"):
+    with pytest.raises(ValueError, match="'tpu': head_dim 32 is not a multiple of 256"):
         compressed_attention(*args, **kwargs, implementation="tpu")
     with pytest.raises(ValueError, match=r"no implementation 'fast'; available: .*xla"):
         compressed_attention(*args, **kwargs, implementation="fast")

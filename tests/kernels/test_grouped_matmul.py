@@ -1,6 +1,7 @@
 """The expert MLP of every implementation against float64: edge cases, gradients, independence of the batch."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4 import formats
 from pallas_kernels import tpu_decode
-from pallas_kernels.grouped_matmul import expert_mlp, tpu
+from pallas_kernels.grouped_matmul import cost, expert_mlp, operation, tpu
 from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 
 IMPLEMENTATIONS = ("xla", "tpu_interpret")
@@ -189,12 +190,15 @@ def test_a_token_does_not_depend_on_its_batch(implementation):
 
 
 def test_the_kernel_gives_a_token_the_same_bits_in_any_batch_size():
+    # Forty tokens that all go to experts 1 and 2: three products per block, where one token alone needs one.
     packed, _ = weights("fp4")
-    x, routing = rows(8, tokens=20)
-    ids = np.random.default_rng(8).permuted(np.tile(np.arange(EXPERTS), (20, 1)), axis=1)[:, :CHOICES]
+    x, routing = rows(8, tokens=40)
+    ids = np.tile([[2, 1, 9]], (40, 1))
     out = run("tpu_interpret", x, ids, routing, packed)
-    alone = run("tpu_interpret", x[3:4], ids[3:4], routing[3:4], packed)
-    np.testing.assert_array_equal(alone[0], out[3])
+    for token in (3, 38):
+        one = slice(token, token + 1)
+        alone = run("tpu_interpret", x[one], ids[one], routing[one], packed)
+        np.testing.assert_array_equal(alone[0], out[token])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -332,3 +336,27 @@ def test_refuses_what_it_does_not_serve():
             limit=LIMIT,
             implementation="tpu_interpret",
         )
+
+
+def test_costs_of_the_released_models():
+    # One Flash expert: 3 * 4096 * 2048 weights of 4 bits, one scale byte per 32.
+    assert cost.expert_bytes("fp4", 4096, 2048) == 3 * 4096 * 2048 * 17 // 32
+    one = cost.expert_mlp_cost(kind="fp4", tokens=1, choices=6, hidden=4096, width=2048, experts=256)
+    assert one.bytes_read == 6 * cost.expert_bytes("fp4", 4096, 2048) + 2 * 4096 + 6 * 8
+    assert one.bytes_written == 4 * 4096
+    assert one.operations == {"bfloat16": 2 * 6 * 3 * 4096 * 2048}
+    # The bytes of a case are those of its arguments when every expert is touched.
+    case = next(c for c in operation.cases() if c.name == "flash/fp4/decode/64")
+    layers = case.arguments["w1"].shape[0]
+    weights_of_a_layer = sum(
+        math.prod(a.shape) * a.dtype.itemsize // layers for n, a in case.traced().items() if n.startswith("w")
+    )
+    others = sum(
+        math.prod(case.arguments[n].shape) * case.arguments[n].dtype.itemsize
+        for n in ("x", "expert_ids", "expert_weights")
+    )
+    assert case.cost.bytes_read == weights_of_a_layer + others
+    # In decode the kernel moves less than a tenth more than the minimum, whatever the batch.
+    for tokens in (1, 64, 256):
+        shape = {"kind": "fp4", "tokens": tokens, "choices": 6, "hidden": 4096, "width": 2048, "experts": 256}
+        assert cost.kernel_bytes(**shape) < 1.1 * cost.expert_mlp_cost(**shape).bytes_moved

@@ -46,7 +46,7 @@ def read(path):
 
 
 def flags(checkpoint, source, output, /, **changes):
-    """A command line whose shapes, and so compiled programs, are the same for every test."""
+    """A command line whose shapes, and so compiled programs, are the same for every test (and in test_generation)."""
     options = {
         "checkpoint": checkpoint,
         "input": source,
@@ -55,7 +55,7 @@ def flags(checkpoint, source, output, /, **changes):
         "dtype": "float32",
         "prefill_chunk": 64,
         "batch_size": 4,
-        "mesh": "data=1,expert=4,tensor=2",
+        "mesh": "data=2,expert=2,tensor=2",
     } | changes
     arguments = []
     for name, value in options.items():

@@ -1,0 +1,65 @@
+"""Entries stored as words: the same numbers, in the same bytes, in rows that kernels can address."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import small_config
+
+from deepseek_v4.cache import entries_write, layer_cache_shapes
+from deepseek_v4.formats import pack_words, unpack_words
+from deepseek_v4.layer_spec import layer_specs
+
+CONFIG = small_config((4, 128), num_hash_layers=0)
+
+
+def _bytes(shape, dtype):
+    return int(np.prod(shape)) * dtype.itemsize
+
+
+@pytest.mark.parametrize("rollback", [0, 4, 17])
+def test_words_take_the_bytes_of_rows_and_whole_tiles(rollback):
+    for spec in layer_specs(CONFIG):
+        plain = layer_cache_shapes(CONFIG, spec, 1024, rollback, "bfloat16")
+        words = layer_cache_shapes(CONFIG, spec, 1024, rollback, "bfloat16", "words")
+        assert set(words) == set(plain)
+        for name in ("window", "entries"):
+            (rows, _), dtype = words[name]
+            assert rows % 16 == 0
+            assert plain[name][0][0] <= rows < plain[name][0][0] + 16
+            assert _bytes((rows, words[name][0][1]), dtype) == rows * CONFIG.head_dim * 2
+        for name in set(plain) - {"window", "entries"}:
+            assert words[name] == plain[name], name
+
+
+def test_writing_packs_what_reading_unpacks():
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(3, 4, 64)), jnp.bfloat16)
+    first, complete = jnp.asarray([0, 5, 9]), jnp.asarray([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    plain = entries_write(jnp.zeros((2, 3, 10, 64), jnp.bfloat16), 1, first, complete, rows)
+    words = entries_write(jnp.zeros((2, 3, 10, 32), jnp.uint32), 1, first, complete, rows)
+    np.testing.assert_array_equal(np.asarray(unpack_words(words), np.float32), np.asarray(plain, np.float32))
+
+
+def test_a_word_is_channel_d_low_and_channel_d_plus_half_high():
+    row = jnp.asarray([1.0, 2.0, 0.0, -1.0], jnp.bfloat16)  # 0x3F80, 0x4000, 0x0000, 0xBF80
+    np.testing.assert_array_equal(np.asarray(pack_words(row)), np.array([0x00003F80, 0xBF804000], np.uint32))
+
+
+def test_words_hold_every_number():
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(64, 1024)
+    rows = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
+    back = np.asarray(jax.lax.bitcast_convert_type(unpack_words(pack_words(rows)), jnp.uint16))
+    number = ~np.isnan(np.asarray(rows, np.float32))
+    np.testing.assert_array_equal(back[number], bits[number])
+    assert np.all(np.isnan(np.asarray(unpack_words(pack_words(rows)), np.float32)[~number]))
+
+
+def test_what_cannot_be_packed_is_refused():
+    spec = layer_specs(CONFIG)[0]
+    with pytest.raises(ValueError, match="expected bfloat16"):
+        pack_words(jnp.zeros((2, 4), jnp.float32))
+    with pytest.raises(ValueError, match="found float32; use layout 'plain'"):
+        layer_cache_shapes(CONFIG, spec, 64, 0, "float32", "words")
+    with pytest.raises(ValueError, match=r"expected one of .* found 'packed'"):
+        layer_cache_shapes(CONFIG, spec, 64, 0, "bfloat16", "packed")
