@@ -16,7 +16,7 @@ _STANDARD_DEVIATION = 0.02
 _HYPER_SCALE = 0.01  # gating scales of the hyper-connections start small (mHC paper)
 
 
-def initialise(config: Config, specs: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def initialise(config: Config, specs: Mapping[str, Any], seed: int | jax.Array) -> dict[str, Any]:
     """Random parameters for a nested dict of descriptions (one layer, the shell, or a draft block).
 
     Matrices are normal with standard deviation 0.02 and quantised to their storage format, norms are one, balance

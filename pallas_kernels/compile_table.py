@@ -85,13 +85,13 @@ def compile_case(
         message = f"{type(error).__name__}: {_first_line(str(error))}"
         return dataclasses.replace(report, error=message, seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     memory = compiled.memory_analysis()
     return dataclasses.replace(
         report,
         seconds=seconds,
         fast_memory=used_fast_memory(text),
-        temporaries=int(memory.temp_size_in_bytes),
+        temporaries=None if memory is None else int(memory.temp_size_in_bytes),
         copies=copies_of(text, [_per_device(case, name, count) for name in case.protected]),
     )
 

@@ -65,7 +65,7 @@ def default_name(implementations: Mapping[str, Callable], unserved: Mapping[str,
     """The implementation that ``None`` stands for where this is called."""
     chip = current_chip()
     name = None if chip is None else _KERNEL_OF_PLATFORM.get(chip.platform)
-    if name not in implementations or arrays_may_be_split():
+    if name is None or name not in implementations or arrays_may_be_split():
         return "xla"
     reason = unserved[name](chip) if name in unserved else None
     return name if reason is None else "xla"

@@ -49,7 +49,8 @@ def write_released(
     directory.mkdir(parents=True, exist_ok=True)
     shards = released_shards(config, storage, seed, base_draft_copies=base_draft_copies, scale=scale)
     count = config.num_hidden_layers + 2 + (config.drafter is not None)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for index, tensors in enumerate(shards, start=1):
         filename = f"model-{index:05d}-of-{count:05d}.safetensors"
         write_safetensors(directory / filename, tensors)

@@ -108,6 +108,8 @@ def _write_shard(source: Source, shard: Shard, directory: FilePath, on_bytes: Ca
             yield array
             on_bytes(array.nbytes)
 
+    for leftover in directory.glob(f".{shard.filename}.*.tmp"):
+        leftover.unlink()
     tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in shard.tensors.items()}
     write_safetensors(directory / shard.filename, tensors, contents)
 

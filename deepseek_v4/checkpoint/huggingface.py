@@ -292,11 +292,11 @@ class HuggingFaceSource:
                             f"{name}: unknown tensor ({tensor.entry.dtype} {list(tensor.entry.shape)})"
                         )
                     break
-                item, path, expert = slot
+                item, path, row = slot
                 part = tensor
                 if target.stacked:
                     part = dataclasses.replace(tensor, part=target.part, parts=target.parts, stacked=True)
-                used[item.name, path][expert].append(part)
+                used[item.name, path][row].append(part)
                 votes[_kind(path, described[item.name][path])][tensor.entry.dtype] += 1
         self.naming = describe_naming(namings)
         self.storage = self._decide_storage(votes)

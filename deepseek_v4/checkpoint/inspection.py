@@ -66,6 +66,7 @@ def inspect_checkpoint(directory: str | FilePath) -> Inspection:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     source: HuggingFaceSource | OrbaxSource
+    notes: tuple[str, ...] = ()
     if is_orbax_directory(directory):
         if not (directory / MANIFEST_FILE).exists():
             finished = sorted(p.name for p in (directory / "items").iterdir() if ".orbax-checkpoint-tmp" not in p.name)
@@ -81,11 +82,12 @@ def inspect_checkpoint(directory: str | FilePath) -> Inspection:
             if item.name in source.manifest["items"]
             for t in item_tensors(item, source.config, source.storage)
         ]
-        naming, dropped, notes, files = "-", source.manifest["dropped"], (), len(source.manifest["items"])
+        naming, dropped, files = "-", source.manifest["dropped"], len(source.manifest["items"])
     else:
         source = HuggingFaceSource(directory)
         found = [(name, t.entry.dtype, t.entry.shape) for name, t in source.tensors.items()]
-        naming, dropped, notes, files = source.naming, source.dropped, tuple(source.notes), len(source.files)
+        naming, dropped, files = source.naming, source.dropped, len(source.files)
+        notes = tuple(source.notes)
     dtypes: dict[str, tuple[int, int, int]] = {}
     for _, dtype, shape in found:
         count, elements, size = dtypes.get(dtype, (0, 0, 0))

@@ -1,17 +1,20 @@
 """One item on disk as an Orbax checkpoint, written and read in parts.
 
 Orbax saves arrays that are in memory. A Pro layer is larger than the memory a conversion may use, so the arrays here
-are leaves that are read while they are written, one chunk after the other; on disk they are what Orbax writes for numpy
-arrays, and any Orbax restores them. Files hold at most 64 MiB, in uncompressed chunks (quantised weights do not
-compress) of one expert each, so that a mesh with any number of expert shards reads no byte it does not keep. OCDBT, the
-Orbax default, writes one file after the other and took twice as long.
+are leaves that are read while they are written. Orbax keeps charge of the checkpoint (its metadata, and that it appears
+whole or not at all) and any Orbax restores it; only the bytes of the arrays are written here, because they are copied
+from file to file and every detour through buffers costs as much as the copy itself. The format is zarr3 with sharding:
+files of at most 64 MiB, cut into uncompressed chunks (quantised weights do not compress) of one expert each, so that a
+mesh with any number of expert shards reads no byte it does not keep.
 """
 
-import asyncio
-import collections
+import dataclasses
+import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -28,7 +31,8 @@ from deepseek_v4.checkpoint.source import PIECE_BYTES, Leaf
 from deepseek_v4.parameters import Path, flatten, nest
 
 _CHUNK_BYTES = 4 << 20
-_FILES_IN_FLIGHT = 4
+_WRITERS = 4
+_ABSENT = 2**64 - 1
 # Where Orbax keeps what save(custom_metadata=...) was given.
 _METADATA_FILE = "_CHECKPOINT_METADATA"
 
@@ -75,43 +79,43 @@ class _Handler(type_handlers.TypeHandler):
         raise NotImplementedError("items are opened with open_item")
 
     async def serialize(self, values, infos, args=None):
-        loop = asyncio.get_running_loop()
-        committing: collections.deque[tuple[Any, int]] = collections.deque()
-
-        async def finish_oldest() -> None:
-            future, count = committing.popleft()
-            await future
-            self._on_bytes(count)
-
-        for value, info, arg in zip(values, infos, args, strict=True):
-            await info.await_path_creation()
-            spec = type_handlers.get_json_tspec_write(
-                info,
-                use_ocdbt=False,
-                global_shape=value.shape,
-                local_shape=_file_shape(value),
-                dtype=value.dtype,
-                arg=arg,
-            )
-            # Orbax makes every chunk a file; here a file is a zarr3 shard of several chunks.
-            spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"] = _file_shape(value)
-            array = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
-            files = _grid([slice(0, n) for n in value.shape], array.chunk_layout.write_chunk.shape)
-            for file in files:
-                # A file is written once, when its transaction commits; until then its chunks wait in memory.
-                transaction, size = tensorstore.Transaction(), 0
-                pending = array.with_transaction(transaction)
-                chunks = _grid(file, array.chunk_layout.read_chunk.shape) if value.stacks_experts else (file,)
-                for index in chunks:
-                    chunk = await loop.run_in_executor(None, value.leaf.read, index)
-                    await pending[index].write(chunk).copy
-                    size += chunk.nbytes
-                committing.append((transaction.commit_async(), size))
-                while len(committing) >= _FILES_IN_FLIGHT:
-                    await finish_oldest()
-        while committing:
-            await finish_oldest()
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            writes = []
+            for value, info in zip(values, infos, strict=True):
+                await info.await_path_creation()
+                layout = _Layout.of(value)
+                await _create_array(value, info, layout)
+                writes += [
+                    pool.submit(self._write_file, value, layout, number, FilePath(info.path))
+                    for number in range(layout.files)
+                ]
+            try:
+                for write in writes:
+                    write.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return [ocp.future.NoopFuture()]
+
+    def _write_file(self, value: "_Streamed", layout: "_Layout", number: int, directory: FilePath) -> None:
+        """One zarr3 shard: its chunks in order, then their offsets and sizes with a checksum."""
+        path = directory.joinpath("c", str(number), *("0" for _ in value.shape[1:]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = number * layout.file_rows
+        stop = min(start + layout.file_rows, layout.rows)
+        index = np.full((layout.file_rows // layout.chunk_rows, 2), _ABSENT, np.dtype("<u8"))
+        with path.open("wb", buffering=0) as file:
+            step = layout.chunk_rows if value.stacks_experts else layout.file_rows
+            for first in range(start, stop, step):
+                rows = slice(first, min(first + step, stop))
+                _write_all(file, value.leaf.read((rows, *(slice(0, n) for n in value.shape[1:]))))
+            chunks = (stop - start) // layout.chunk_rows
+            index[:chunks, 0] = np.arange(chunks) * layout.chunk_bytes
+            index[:chunks, 1] = layout.chunk_bytes
+            _write_all(file, index)
+            _write_all(file, np.array([crc32c(index.tobytes())], np.dtype("<u4")))
+            os.fsync(file.fileno())
+        self._on_bytes(chunks * layout.chunk_bytes)
 
     async def deserialize(self, infos, args=None):
         arrays = []
@@ -122,23 +126,63 @@ class _Handler(type_handlers.TypeHandler):
         return [StoredLeaf(await array) for array in arrays]
 
 
-def _file_shape(value: _Streamed) -> tuple[int, ...]:
-    """The part of an array that one file holds: a power of two of its leading rows, at most ``PIECE_BYTES``."""
-    if not value.shape or value.nbytes <= PIECE_BYTES:
-        return value.shape
-    rows = max(1, PIECE_BYTES * value.shape[0] // value.nbytes)
-    return (1 << (rows.bit_length() - 1), *value.shape[1:])
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the rows (first dim) of an array are cut into chunks, and the chunks into files; every chunk is whole."""
+
+    rows: int
+    chunk_rows: int
+    file_rows: int
+    chunk_bytes: int
+
+    @classmethod
+    def of(cls, value: _Streamed) -> "_Layout":
+        rows = value.shape[0]
+        row_bytes = value.nbytes // rows
+        limit = 1 if value.stacks_experts else max(1, min(rows, _CHUNK_BYTES // row_bytes))
+        chunk_rows = next(n for n in range(limit, 0, -1) if rows % n == 0)
+        file_rows = chunk_rows * max(1, PIECE_BYTES // (chunk_rows * row_bytes))
+        return cls(rows, chunk_rows, min(rows, file_rows), chunk_rows * row_bytes)
+
+    @property
+    def files(self) -> int:
+        """How many files there are."""
+        return -(-self.rows // self.file_rows)
 
 
-def _grid(region: Sequence[slice], chunk: Sequence[int]) -> Iterator[Index]:
-    """The parts of a region, cut by a grid of chunks that begins at its corner."""
-    if not region:
-        yield ()
-        return
-    for start in range(region[0].start, region[0].stop, chunk[0]):
-        first = slice(start, min(start + chunk[0], region[0].stop))
-        for rest in _grid(region[1:], chunk[1:]):
-            yield (first, *rest)
+async def _create_array(value: _Streamed, info: type_handlers.ParamInfo, layout: _Layout) -> None:
+    """Writes the metadata that Orbax writes for an array, with a chunk grid of this layout."""
+    spec = type_handlers.get_json_tspec_write(
+        info, use_ocdbt=False, global_shape=value.shape, local_shape=value.shape, dtype=value.dtype
+    )
+    metadata = spec["metadata"]
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = (layout.file_rows, *value.shape[1:])
+    (sharding,) = metadata["codecs"]
+    sharding["configuration"]["chunk_shape"] = (layout.chunk_rows, *value.shape[1:])
+    await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+def _write_all(file: io.RawIOBase, array: np.ndarray) -> None:
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), the checksum of a zarr3 shard index."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value = _CRC_TABLE[(value ^ byte) & 0xFF] ^ (value >> 8)
+    return value ^ 0xFFFFFFFF
+
+
+def _crc_entry(value: int) -> int:
+    for _ in range(8):
+        value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return value
+
+
+_CRC_TABLE = tuple(_crc_entry(byte) for byte in range(256))
 
 
 def _checkpointer(value_type: type, handler: _Handler) -> ocp.Checkpointer:
@@ -179,19 +223,11 @@ def write_item(
     is for the caller to remove.
     """
     tree = nest({path: _Streamed(path, leaf) for path, leaf in leaves.items()})
-    arguments = nest(
-        {
-            path: ocp.SaveArgs(shard_axes=(0,)) if is_expert(path) else ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-            for path in leaves
-        }
-    )
     checkpointer = _checkpointer(_Streamed, _Handler(on_bytes))
     logger = logging.getLogger("absl")
     logger.addFilter(_is_news)
     try:
-        checkpointer.save(
-            directory.absolute(), ocp.args.PyTreeSave(tree, save_args=arguments), custom_metadata=dict(record)
-        )
+        checkpointer.save(directory.absolute(), ocp.args.PyTreeSave(tree), custom_metadata=dict(record))
     finally:
         logger.removeFilter(_is_news)
         checkpointer.close()

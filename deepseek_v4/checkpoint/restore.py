@@ -144,7 +144,7 @@ class _Reader:
         self._placement = model.execution.placement
         self._pool = pool
         self._on_bytes = on_bytes
-        default = jax.config.jax_default_device or jax.local_devices()[0]
+        (default,) = jnp.zeros(()).devices()
         self._single = SingleDeviceSharding(default)
 
     def _sharding(self, spec: ParameterSpec) -> Sharding:
@@ -179,7 +179,7 @@ class _Reader:
     def _place(self, leaf: Leaf, sharding: Sharding) -> jax.Array:
         """A leaf as an array of this layout; every distinct part is read once, however many devices hold it."""
         wanted = {
-            device: tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True))
+            device: tuple(slice(*s.indices(size)[:2]) for s, size in zip(index or (), leaf.shape, strict=True))
             for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
         }
         keys = {device: tuple((s.start, s.stop) for s in index) for device, index in wanted.items()}

@@ -122,7 +122,7 @@ class SafetensorsFile:
         return self._map
 
     def _read_into(self, array: np.ndarray, offset: int) -> None:
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         while len(view):
             count = os.preadv(self._open(), [view], offset)
             if count == 0:
@@ -159,7 +159,9 @@ def _parse_header(path: Path, header: bytes, size: int) -> dict[str, Entry]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
     data.pop("__metadata__", None)
-    base, problems, spans, entries = 8 + len(header), [], [], {}
+    base, entries = 8 + len(header), {}
+    problems: list[str] = []
+    spans: list[tuple[int, int, str]] = []
     for name, value in data.items():
         entry, end = _parse_entry(name, value, base, problems)
         if entry is not None:
@@ -240,7 +242,7 @@ def write_safetensors(
         with temporary.open("wb") as file:
             file.write(header)
             for piece in pieces(entries):
-                file.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             file.flush()
             if file.tell() != size:
                 raise CheckpointError(f"{path}: wrote {file.tell()} bytes, the header announces {size}")

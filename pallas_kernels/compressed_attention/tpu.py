@@ -96,7 +96,7 @@ def compressed_attention(
         window_size=window_size,
         scale=scale,
         source=source,
-        ring_rows=ring.shape[2] if source == "ring" else 0,
+        ring_rows=ring.shape[2] if ring is not None and source == "ring" else 0,
         entry_rows=0 if entries is None else entries.shape[2],
         entry_dtype=None if entries is None else entries.dtype,
         query_block=query_block,
@@ -118,7 +118,7 @@ def compressed_attention(
         heads=heads,
         width=width,
         window=window_size,
-        entries=indices.shape[-1] if gather else plan.entry_rows,
+        entries=plan.entry_rows if indices is None else indices.shape[-1],
         indices=gather,
         itemsize=q.dtype.itemsize,
     )
@@ -129,7 +129,7 @@ def compressed_attention(
     )
     start = start.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    if gather:
+    if indices is not None and entries is not None:
         return gather_attention(
             plan, q, windows, sink, start, layer, entries, indices, cost=estimate, interpret=interpret
         )

@@ -84,7 +84,7 @@ def dense_attention(
         pltpu.VMEM((products, rows, 1), jnp.float32),
         pltpu.VMEM((products, rows, p.width), jnp.float32),
     ]
-    if p.entry_rows:
+    if entries is not None:
         in_specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
         arguments.append(entries)
         scratch += [
@@ -127,9 +127,9 @@ def window_specs(plan: Plan, index, windows: tuple[jax.Array, ...]) -> list[pl.B
     ]
 
 
-def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_ref, limit_ref, *refs):
+def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_ref, limit_ref, *all_refs):
     p = plan
-    counts, sink, q, *refs = refs
+    counts, sink, q, *refs = all_refs
     windows, refs = refs[:window_count], refs[window_count:]
     if p.entry_rows:
         entries, out, window, high, total, acc, stored, keys, semaphores, slot = refs
@@ -193,7 +193,7 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
 
     # A core's first step may fall inside a block of queries that another core began.
     @pl.when((step == 0) | (g == 0))
-    def _():
+    def _() -> None:
         fill_window(p, tuple(windows), window, start, i)
 
     def query_heads(product):

@@ -117,9 +117,9 @@ def window_view(plan: Plan) -> int:
     return min(plan.window_rows, -(-(plan.window_size + ROW_TILE - 1) // ROW_TILE) * ROW_TILE)
 
 
-def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_ref, used_ref, *refs):
+def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_ref, used_ref, *all_refs):
     p = plan
-    chosen, chosen_next, chosen_mask, sink, q, *refs = refs
+    chosen, chosen_next, chosen_mask, sink, q, *refs = all_refs
     windows, refs = refs[:window_count], refs[window_count:]
     entries, out, window, high, total, acc, stored, semaphores, slot = refs
     core, step = pl.program_id(0), pl.program_id(1)
@@ -166,12 +166,11 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
 
     query = q[0, 0]
     view = window_view(p)
+    first: jax.Array | int = 0
     if p.source == "blocks":
         oldest = p.query_block + lax.rem(s, p.query_block) - p.window_size + 1
         first = jnp.minimum(oldest // ROW_TILE * ROW_TILE, p.window_rows - view)
         first = pl.multiple_of(first, ROW_TILE)
-    else:
-        first = 0
     positions = key_positions(p, iota(view, 1) + first, start, query_block)
     state = softmax_begin(sink[...], p.width)
     seen = in_window(p, positions, start + s)

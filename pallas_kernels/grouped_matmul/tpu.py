@@ -21,6 +21,7 @@ from deepseek_v4.formats import E4M3_MAX, decode_scale
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
+from pallas_kernels.grouped_matmul.cost import kernel_bytes
 from pallas_kernels.targets import Chip, current_chip
 
 LANES = 128
@@ -36,15 +37,16 @@ class Tiles:
     """Block sizes, the numbers that a tuner sweeps.
 
     ``width``: columns of M per grid step. ``rows``: most rows of one expert that share one read of its weights.
-    ``decode_tokens``: calls of at most so many tokens multiply ``decode_product`` rows at a time, longer ones
-    ``product``. ``down``: output columns per product. ``assignments``: most of one kernel call (they live in SMEM).
+    ``decode_tokens``: calls of at most so many tokens multiply ``decode_product`` rows at a time, longer ones the least
+    of ``products`` that holds an expert's mean share of the rows and a tenth more. ``down``: output columns per
+    product. ``assignments``: most of one kernel call (they live in SMEM).
     """
 
     width: int = 256
     rows: int = 256
     decode_tokens: int = 256
     decode_product: int = 16
-    product: int = 128
+    products: tuple[int, ...] = (64, 128)
     down: int = 1024
     assignments: int = 65536
 
@@ -83,7 +85,7 @@ class Plan:
 
 
 def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple) -> str | None:
-    """Why the kernel cannot serve a call, or None: bfloat16 rows, and dims in multiples of 256."""
+    """Why the kernel cannot serve a call, or None: bfloat16 rows, and dims in whole tiles."""
     if x.dtype != jnp.bfloat16:
         return f"rows are {x.dtype}; the kernel multiplies bfloat16"
     weight, scale = w1
@@ -91,8 +93,8 @@ def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple) -> str | Non
         return f"unquantised weights are {weight.dtype}; the kernel multiplies bfloat16"
     hidden, width = w2[0].shape[-2], weight.shape[-2]
     tile = DEFAULT_TILES.width * (1 if chip is None else chip.cores)
-    if hidden % 256 or width % tile:
-        return f"hidden size {hidden} and expert width {width} must be multiples of 256 and {tile}"
+    if hidden % 512 or width % tile:
+        return f"hidden size {hidden} and expert width {width} must be multiples of 512 and {tile}"
     if x.shape[0] == 0:
         return "there are no rows"
     return None
@@ -129,7 +131,9 @@ def expert_mlp(
         ]
         return jnp.concatenate(parts)
     decode = tokens <= tiles.decode_tokens
-    product = tiles.decode_product if decode else tiles.product
+    share = 1.1 * tokens * choices / weight.shape[1]
+    products = (tiles.decode_product,) if decode else tiles.products
+    product = next((p for p in products if p >= share), products[-1])
     hidden = w2[0].shape[2]
     plan = Plan(
         kind="bf16" if scale is None else "fp4" if weight.dtype == jnp.uint8 else "fp8",
@@ -242,6 +246,18 @@ def _call(plan: Plan, x, expert_ids, expert_weights, w1, w2, w3, layer, interpre
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_vmem_limit(plan)
         ),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * plan.tokens * min(plan.choices, plan.experts) * hidden * plan.width,
+            bytes_accessed=kernel_bytes(
+                kind=plan.kind,
+                tokens=plan.tokens,
+                choices=plan.choices,
+                hidden=hidden,
+                width=plan.width,
+                experts=plan.experts,
+            ),
+            transcendentals=plan.tokens * min(plan.choices, plan.experts) * plan.width,
+        ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name=f"expert_mlp_{plan.kind}",
     )
@@ -285,9 +301,9 @@ def _kernel(plan: Plan, layer, expert, first, size, tokens, routing, *refs):
         lax.fori_loop(0, products, step, None)
 
     @pl.when(tile == 0)
-    def _():
+    def begin_block():
         @pl.when(block == 0)
-        def _():
+        def fetch_first():
             transfers(0, fetch, "start")
 
         def put_routing(row, _):
@@ -301,21 +317,21 @@ def _kernel(plan: Plan, layer, expert, first, size, tokens, routing, *refs):
             for offset, bits in ((0, words[at, :] << 16), (half, words[at, :] & jnp.uint32(0xFFFF0000))):
                 value = lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
                 if plan.packed:
-                    value = _split(value, permutation)
+                    value = tpu_decode.split_even_odd(value, permutation[...])
                 rows[at, offset : offset + half] = value
             total[at, :] = jnp.zeros((plan.product, plan.hidden), jnp.float32)
 
         each_product(unpack)
 
         @pl.when(block + 1 < blocks)
-        def _():
+        def fetch_next():
             transfers(block + 1, fetch, "start")
 
     # The sums are read once the previous block's are written, which leaves the rest of this block to hide both.
     @pl.when(tile == min(1, last_tile))
-    def _():
+    def begin_sums():
         @pl.when(block > 0)
-        def _():
+        def await_previous():
             transfers(block - 1, write_sums, "wait")
 
         transfers(block, read_sums, "start")
@@ -343,7 +359,7 @@ def _kernel(plan: Plan, layer, expert, first, size, tokens, routing, *refs):
     each_product(multiply)
 
     @pl.when(tile == last_tile)
-    def _():
+    def end_block():
         transfers(block, read_sums, "wait")
 
         def add(at):
@@ -353,7 +369,7 @@ def _kernel(plan: Plan, layer, expert, first, size, tokens, routing, *refs):
         transfers(block, write_sums, "start")
 
         @pl.when(block + 1 == blocks)
-        def _():
+        def await_last():
             transfers(block, write_sums, "wait")
 
 
@@ -365,11 +381,6 @@ def _exchange(index_map):
         return *leading, groups, rows
 
     return exchanged
-
-
-def _split(value, permutation):
-    """``split_even_odd`` in the two halves of a row, each a whole number of chunks or not at all."""
-    return tpu_decode.split_even_odd(value, permutation[...])
 
 
 def _product(rows, matrix):
@@ -396,7 +407,7 @@ def _decode(plan: Plan, weights, decoded, column, new_expert):
             tpu_decode.decode_fp4(weight, in_scales, 0, out)
 
         @pl.when(new_expert)
-        def _():
+        def spread_scales():
             tpu_decode.fp4_scale_words(weights[2][1], out_scales, plan.width // 32 % LANES != 0)
 
         tpu_decode.decode_fp4(weights[2][0], out_scales, column * (plan.tile // 32), words[2])

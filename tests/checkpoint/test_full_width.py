@@ -1,4 +1,4 @@
-"""Conversion of layers at the width of the releases: memory stays bounded and bytes stay equal. Needs up to 60 GB of disk."""
+"""Conversion of layers at the width of the releases: bounded memory, equal bytes. Needs up to 60 GB of disk."""
 
 import dataclasses
 import json

@@ -179,7 +179,7 @@ RUNS = {
     "xla": tuple(PROBLEMS),
     "tpu_interpret": ("window only, ring", "all visible, words", "selected, words", *CHUNKS[:1], "selected, chunk"),
     "tpu_interpret, small tiles": tuple(PROBLEMS),
-    "tpu_interpret, small tiles, two cores": ("all visible, words", "selected, words", *CHUNKS[1:]),
+    "tpu_interpret, small tiles, two cores": CHUNKS[1:],
 }
 
 

@@ -99,12 +99,12 @@ def test_rows_decode_beside_rows_that_prefill_and_rows_that_wait(world: World) -
         cache = world.advance(cache, counts)
 
 
-@settings(max_examples=8, deadline=None, database=None, derandomize=True)
+@settings(max_examples=5, deadline=None, database=None, derandomize=True)
 @given(data=st.data())
 def test_any_ragged_split_equals_the_full_pass(world: World, data: st.DataObject) -> None:
     piece = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 63, 124, 125, 126, 127, 128, 129, 130, 132, 136])
     cache = world.empty()
-    for _ in range(12):
+    for _ in range(10):
         cache = world.advance(cache, data.draw(st.lists(piece, min_size=ROWS, max_size=ROWS).filter(any)))
 
 
@@ -131,7 +131,7 @@ def test_garbage_in_unused_cache_rows_is_never_read(world: World) -> None:
         dirty = world.advance(dirty, counts)
 
 
-@settings(max_examples=10, deadline=None, database=None, derandomize=True)
+@settings(max_examples=6, deadline=None, database=None, derandomize=True)
 @given(
     positions=st.lists(st.sampled_from(BOUNDARIES), min_size=ROWS, max_size=ROWS),
     drafted=st.lists(st.integers(0, ROLLBACK), min_size=ROWS, max_size=ROWS).filter(any),
@@ -173,7 +173,7 @@ def test_repeated_rollbacks_within_the_bound(world: World) -> None:
 
 
 def test_only_the_last_logits_are_those_of_the_last_real_token() -> None:
-    small = small_model(small_config((0,), mtp=False, num_hash_layers=1, hc_sinkhorn_iters=2), seed=1)
+    small = small_model(small_config((0,), mtp=False, num_hash_layers=1, hc_sinkhorn_iters=1, hidden_size=32), seed=1)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 9)))
     lengths = jnp.asarray([4, 9])
     model = small.model
