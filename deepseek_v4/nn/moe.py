@@ -98,7 +98,6 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array, execution: Execution) -> jax.Array:
         """x [N, d] with expert ids and weights [N, K] to float32 [N, d], summed over the experts of a token."""
         simulate = "activations" in execution.simulate
-        quantised = self.w1.scale is not None
 
         def run(x, ids, weights, w1, w2, w3):
             return expert_mlp(
@@ -109,11 +108,11 @@ class Experts(nnx.Module):
                 w2,
                 w3,
                 limit=self.limit,
-                simulate_activations=simulate and quantised,
+                simulate_activations=simulate,
                 implementation=execution.implementation,
             )
 
-        if simulate and quantised:
+        if simulate:
             x = simulate_fp8(x, ACTIVATION_BLOCK)
         stored = [w.stored() for w in (self.w1, self.w2, self.w3)]
         placement = execution.placement

@@ -187,13 +187,13 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
     if p.entry_rows:
 
         @pl.when(step == 0)
-        def _():
+        def request_first():
             slot[0] = 0
             transfers(core, step, 0, 0, start_copy)
 
     # A core's first step may fall inside a block of queries that another core began.
     @pl.when((step == 0) | (g == 0))
-    def _() -> None:
+    def bring_window():
         fill_window(p, tuple(windows), window, start, i)
 
     def query_heads(product):
