@@ -62,7 +62,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.execution.placement is not None:
-            check_placement(self.execution.placement, self.config, self.storage)
+            check_placement(self.execution.placement, self.config, self.storage, self.execution.simulate)
 
     # --- what the model consists of ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import Config
-from deepseek_v4.formats import FP4_BLOCK, FP8_BLOCK
+from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK
 from deepseek_v4.nn.variables import Storage
 
 MESH_AXES = ("data", "expert", "tensor")
@@ -183,7 +183,9 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | No
     return Mesh(grid, MESH_AXES)
 
 
-def check_placement(placement: Placement, config: Config, storage: Storage) -> None:
+def check_placement(
+    placement: Placement, config: Config, storage: Storage, simulate: frozenset[str] = frozenset()
+) -> None:
     """Raises ``MeshError`` listing everything about the model that the mesh cannot split evenly, before compiling."""
     size, problems = placement.size, []
 
@@ -200,6 +202,8 @@ def check_placement(placement: Placement, config: Config, storage: Storage) -> N
     if any(config.layer_ratios):
         divides("index_heads", config.index_n_heads, "index_n_heads")
     block = {"fp4": FP4_BLOCK, "fp8": FP8_BLOCK}.get(storage.experts, 1)
+    if "activations" in simulate:
+        block = max(block, ACTIVATION_BLOCK)  # the input of w2 is rounded in blocks along the width
     shards = size("expert_width")
     if shards > 1 and config.moe_intermediate_size % (shards * block):
         problems.append(

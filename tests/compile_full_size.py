@@ -1,6 +1,6 @@
 """Compiles a released model's step for a real TPU topology, as a program of its own: prints one line of JSON.
 
-    python tests/compile_full_size.py CONFIG TARGET MESH BATCH CONTEXT TOKENS_PER_CALL
+python tests/compile_full_size.py CONFIG TARGET MESH BATCH CONTEXT TOKENS_PER_CALL
 """
 
 import functools

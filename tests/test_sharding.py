@@ -130,6 +130,10 @@ def test_illegal_meshes_are_refused_before_compiling():
     assert "n_routed_experts 6" in several
     assert "index_n_heads 9" in several
     check_placement(placement("data=8"), CONFIG, RELEASED)
+    # The simulated rounding of a width shard must see whole blocks of 128.
+    check_placement(placement("tensor=4"), CONFIG, RELEASED)
+    with pytest.raises(MeshError, match="blocks of 128"):
+        check_placement(placement("tensor=4"), CONFIG, RELEASED, frozenset({"activations"}))
 
 
 @pytest.mark.parametrize(
