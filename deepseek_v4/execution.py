@@ -21,13 +21,15 @@ class Execution:
     deployment quantisation to reproduce: ``kv`` (E4M3 non-RoPE dims of every KV entry), ``indexer`` (Hadamard and
     E2M1 of index queries and keys), ``activations`` (E4M3 inputs of FP8/FP4 linears); architecture section 7.
     ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
-    of the backend). Raises ``ValueError`` for an unknown dtype or simulation.
+    of the backend); ``entry_layout`` how the cache stores compressed entries ("plain", or "words", which TPU kernels
+    read in place). Raises ``ValueError`` for an unknown dtype or simulation.
     """
 
     dtype: str = "bfloat16"
     simulate: frozenset[str] = frozenset()
     placement: "Placement | None" = None
     implementation: str | None = None
+    entry_layout: str = "plain"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "simulate", frozenset(self.simulate))

@@ -23,12 +23,14 @@ from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
 from deepseek_v4.nn.block import Tokens
-from deepseek_v4.nn.variables import RELEASED, Storage
+from deepseek_v4.nn.variables import RELEASED, Packed, Storage
 from deepseek_v4.parameters import (
     ParameterSpec,
+    Path,
     block_module,
     describe,
     draft_module,
+    flatten,
     map_specs,
     nest,
     shell_module,
@@ -126,7 +128,7 @@ class Model:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         def layers(spec: LayerSpec, repeats: int):
-            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype)
+            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.entry_layout)
             return {
                 name: array((repeats, batch, *shape), kind, (None, "batch", None, None))
                 for name, (shape, kind) in shapes.items()
@@ -216,20 +218,24 @@ class Model:
 
     def _run_group(self, group: ScanGroup, params, streams, tokens: Tokens, cache):
         graphs = [nnx.graphdef(block_module(self.config, spec, self.storage)) for spec in group.pattern]
+        scanned, whole = zip(
+            *(_split_whole_stacks(self.layer_specs(s), p) for s, p in zip(group.pattern, params, strict=True)),
+            strict=True,
+        )
 
         def body(carry, inputs):
             streams, cache = carry
             params, layer = inputs
             members = []
             for index, graph in enumerate(graphs):
-                block = nnx.merge(graph, params[index])
+                block = nnx.merge(graph, nest(flatten(params[index]) | whole[index]))
                 member = None if cache is None else cache[index]
                 streams, member = block(streams, tokens, member, layer, self.execution)
                 streams = self.execution.constrain(streams, ("batch", None, None, None))
                 members.append(member)
             return (streams, None if cache is None else tuple(members)), None
 
-        (streams, cache), _ = lax.scan(body, (streams, cache), (params, jnp.arange(group.repeats)))
+        (streams, cache), _ = lax.scan(body, (streams, cache), (scanned, jnp.arange(group.repeats)))
         return streams, cache
 
     def _run_draft(self, params, embedded, streams, tokens: Tokens, cache):
@@ -261,6 +267,18 @@ class Model:
             )
             updates = {"drafts": (member,), "streams": stored}
         return draft_streams, block, updates
+
+
+def _split_whole_stacks(specs: Params, params: Params) -> tuple[Params, dict[Path, jax.Array]]:
+    """A scan group's parameters, cut into those that are sliced per layer and the packed experts, which are not.
+
+    An expert's weights are read where they lie in the stack; slicing a layer's experts out of it would copy them all.
+    Parameters that gradients may reach are always sliced, so that a gradient is a layer's and not a stack's.
+    """
+    described = flatten(specs)
+    flat = flatten(params)
+    whole = {path for path, spec in described.items() if spec.kind is Packed and "experts" in spec.axes}
+    return nest({p: a for p, a in flat.items() if p not in whole}), {p: flat[p] for p in sorted(whole)}
 
 
 def rollback(cache: Cache, positions: jax.Array) -> Cache:

@@ -118,33 +118,37 @@ class Placement:
         x: jax.Array,
         ids: jax.Array,
         weights: jax.Array,
+        layer: jax.Array,
         stored: Sequence[tuple[jax.Array, jax.Array | None]],
-        axes: Sequence[tuple[tuple[str, ...], jax.Array | None]],
+        axes: Sequence[tuple[str | None, ...]],
     ) -> jax.Array:
         """Runs the expert MLP where the experts live: every shard adds what its own experts contribute.
 
         x [N, d], ids and weights [N, K] are split by batch and known to every shard of an expert group; a shard sees
-        the ids relative to its first expert, so those of other shards fall outside its range. The sum over expert and
-        width shards is float32.
+        the ids relative to its first expert, so those of other shards fall outside its range. ``axes`` are the logical
+        axes of each (weight, scale) of ``stored``. The sum over expert and width shards is float32.
         """
         rows = self.spec(("batch", None))
-        weight_specs = tuple((self.spec(names), None if scale is None else self.spec(names)) for names, scale in axes)
+        weight_specs = tuple(
+            (self.spec(names), None if scale is None else self.spec(names))
+            for names, (_, scale) in zip(axes, stored, strict=True)
+        )
         expert_axes = self.mesh_axes("experts")
         width_axes = self.mesh_axes("expert_width")
-        local = stored[0][0].shape[0] // self.size("experts")
+        local = stored[0][0].shape[-3] // self.size("experts")
 
-        def shard(x, ids, weights, stored):
+        def shard(x, ids, weights, layer, stored):
             first = jax.lax.axis_index(expert_axes) * local if expert_axes else 0
-            out = run(x, ids - first, weights, *stored)
+            out = run(x, ids - first, weights, layer, *stored)
             return jax.lax.psum(out, expert_axes + width_axes) if expert_axes or width_axes else out
 
         return jax.shard_map(
             shard,
             mesh=self.mesh,
-            in_specs=(rows, rows, rows, weight_specs),
+            in_specs=(rows, rows, rows, PartitionSpec(), weight_specs),
             out_specs=rows,
             check_vma=False,
-        )(x, ids, weights, tuple(stored))
+        )(x, ids, weights, layer, tuple(stored))
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -31,7 +31,7 @@ from deepseek_v4.checkpoint.source import PIECE_BYTES, Leaf
 from deepseek_v4.parameters import Path, flatten, nest
 
 _CHUNK_BYTES = 4 << 20
-_WRITERS = 4
+_WRITERS = 2
 _ABSENT = 2**64 - 1
 # Where Orbax keeps what save(custom_metadata=...) was given.
 _METADATA_FILE = "_CHECKPOINT_METADATA"
@@ -51,16 +51,65 @@ class _Streamed:
 
 
 class StoredLeaf:
-    """A leaf of an item on disk."""
+    """A leaf of an item on disk.
 
-    def __init__(self, array: tensorstore.TensorStore):
+    Whole rows of arrays in the layout that ``write_item`` produces are read straight from their files; everything else,
+    and other layouts that Orbax may have written, through TensorStore.
+    """
+
+    def __init__(self, array: tensorstore.TensorStore, directory: FilePath):
         self.array = array
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype: np.dtype = array.dtype.numpy_dtype
+        self._directory = directory
+        self._indices: dict[int, np.ndarray] = {}
+        file: tuple[int, ...] = tuple(array.chunk_layout.write_chunk.shape)  # type: ignore[arg-type]
+        chunk: tuple[int, ...] = tuple(array.chunk_layout.read_chunk.shape)  # type: ignore[arg-type]
+        self._file_rows, self._chunk_rows = (file[0], chunk[0]) if self.shape else (0, 0)
+        row_chunks = bool(self.shape) and file[1:] == chunk[1:] == self.shape[1:]
+        codecs = array.codec.to_json().get("codecs", []) if array.codec is not None else []
+        self._direct = row_chunks and self.shape[0] % chunk[0] == 0 and codecs == _sharding_codecs(chunk, self.dtype)
 
     def read(self, index: Index) -> np.ndarray:
         """See ``source.Leaf``."""
-        return self.array[index].read().result()
+        shape = tuple(s.stop - s.start for s in index)
+        if not self._direct or shape[1:] != self.shape[1:] or 0 in shape:
+            return self.array[index].read().result()
+        out = np.empty(shape, self.dtype)
+        rows, row_bytes = out.reshape(shape[0], -1).view(np.uint8), out.nbytes // shape[0]
+        row, stop = index[0].start, index[0].stop
+        while row < stop:
+            number = row // self._file_rows
+            file_stop = min(stop, (number + 1) * self._file_rows)
+            with self._file(number).open("rb", buffering=0) as file:
+                while row < file_stop:
+                    chunk, skipped = divmod(row - number * self._file_rows, self._chunk_rows)
+                    count = min(self._chunk_rows - skipped, file_stop - row)
+                    offset, size = (int(n) for n in self._index(number, file)[chunk])
+                    if size != self._chunk_rows * row_bytes:
+                        raise CheckpointError(f"{file.name}: chunk {chunk} is damaged; convert the checkpoint again")
+                    part = rows[row - index[0].start :][:count]
+                    _read_all(file, part, offset + skipped * row_bytes)
+                    row += count
+        return out
+
+    def _file(self, number: int) -> FilePath:
+        return self._directory.joinpath("c", str(number), *("0" for _ in self.shape[1:]))
+
+    def _index(self, number: int, file: io.FileIO) -> np.ndarray:
+        """Offset and size of every chunk of a file, [chunks, 2]."""
+        if number not in self._indices:
+            index = np.empty((self._file_rows // self._chunk_rows, 2), np.dtype("<u8"))
+            checksum = np.empty(1, np.dtype("<u4"))
+            end = os.fstat(file.fileno()).st_size
+            if end < index.nbytes + 4:
+                raise CheckpointError(f"{file.name}: truncated; convert the checkpoint again")
+            _read_all(file, index, end - index.nbytes - 4)
+            _read_all(file, checksum, end - 4)
+            if crc32c(index.tobytes()) != checksum[0]:
+                raise CheckpointError(f"{file.name}: its index is damaged; convert the checkpoint again")
+            self._indices[number] = index
+        return self._indices[number]
 
 
 class _Handler(type_handlers.TypeHandler):
@@ -90,14 +139,15 @@ class _Handler(type_handlers.TypeHandler):
                     for number in range(layout.files)
                 ]
             try:
+                # To the disk in order and from one thread: concurrent syncs of many files fight over the journal.
                 for write in writes:
-                    write.result()
+                    _sync(write.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [ocp.future.NoopFuture()]
 
-    def _write_file(self, value: "_Streamed", layout: "_Layout", number: int, directory: FilePath) -> None:
+    def _write_file(self, value: "_Streamed", layout: "_Layout", number: int, directory: FilePath) -> FilePath:
         """One zarr3 shard: its chunks in order, then their offsets and sizes with a checksum."""
         path = directory.joinpath("c", str(number), *("0" for _ in value.shape[1:]))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +164,8 @@ class _Handler(type_handlers.TypeHandler):
             index[:chunks, 1] = layout.chunk_bytes
             _write_all(file, index)
             _write_all(file, np.array([crc32c(index.tobytes())], np.dtype("<u4")))
-            os.fsync(file.fileno())
         self._on_bytes(chunks * layout.chunk_bytes)
+        return path
 
     async def deserialize(self, infos, args=None):
         arrays = []
@@ -123,7 +173,7 @@ class _Handler(type_handlers.TypeHandler):
             await info.await_path_creation()
             spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
             arrays.append(tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context))
-        return [StoredLeaf(await array) for array in arrays]
+        return [StoredLeaf(await array, FilePath(info.path)) for array, info in zip(arrays, infos, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,15 +207,44 @@ async def _create_array(value: _Streamed, info: type_handlers.ParamInfo, layout:
     )
     metadata = spec["metadata"]
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = (layout.file_rows, *value.shape[1:])
-    (sharding,) = metadata["codecs"]
-    sharding["configuration"]["chunk_shape"] = (layout.chunk_rows, *value.shape[1:])
+    metadata["codecs"] = _sharding_codecs((layout.chunk_rows, *value.shape[1:]))
     await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+def _sharding_codecs(chunk: Sequence[int], dtype: np.dtype | None = None) -> list[dict[str, Any]]:
+    """The zarr3 codecs of an uncompressed array in shards; with a dtype, as TensorStore reports them for it."""
+    little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+    elements = {"name": "bytes"} if dtype is not None and dtype.itemsize == 1 else little
+    configuration = {
+        "chunk_shape": list(chunk),
+        "codecs": [elements],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return [{"name": "sharding_indexed", "configuration": configuration}]
+
+
+def _read_all(file: io.FileIO, array: np.ndarray, offset: int) -> None:
+    view = array.reshape(-1).view(np.uint8).data
+    while len(view):
+        count = os.preadv(file.fileno(), [view], offset)
+        if count == 0:
+            raise CheckpointError(f"{file.name}: truncated; convert the checkpoint again")
+        view, offset = view[count:], offset + count
 
 
 def _write_all(file: io.RawIOBase, array: np.ndarray) -> None:
     view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while len(view):
         view = view[file.write(view) :]
+
+
+def _sync(path: FilePath) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def crc32c(data: bytes) -> int:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_v4.cache import ring_read, ring_write
+from deepseek_v4.cache import ring_write
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.formats import simulate_kv
@@ -67,20 +67,18 @@ class Attention(nnx.Module):
 
         kv = apply_rope(self.kv_norm(self.wkv(x, execution)), positions, spec.rope)
         kv = self._stored(kv, execution)
-        history = c.sliding_window - 1
         if cache is None:
-            window = jnp.pad(kv, [(0, 0), (history, 0), (0, 0)])
+            window, ring = jnp.pad(kv, [(0, 0), (c.sliding_window - 1, 0), (0, 0)]), None
         else:
-            window = jnp.concatenate([ring_read(cache["window"], layer, start, history), kv], axis=1)
-            updates["window"] = ring_write(cache["window"], layer, start, lengths, kv)
+            window, ring = kv, cache["window"]
+            updates["window"] = ring_write(ring, layer, start, lengths, kv)
 
         entries = counts = indices = None
-        entry_layer: jax.Array | int = 0
         if self.compressor is not None:
             # Padding sees what the last real token sees: entries beyond that have not been written.
             last = (start + lengths)[:, None] - 1
             counts = visible_entries(jnp.minimum(positions, last), spec.compress_ratio)
-            entries, entry_layer, new = self.compressor(
+            entries, _, new = self.compressor(
                 x, cache, layer, start, lengths, lambda rows: self._stored(rows, execution), execution
             )
             updates |= new
@@ -88,12 +86,13 @@ class Attention(nnx.Module):
                 indices, new = self.indexer(x, qr, cache, layer, start, lengths, counts, execution)
                 updates |= new
 
-        def attend(q, window, sink, start, entries, layer, counts, indices):
+        def attend(q, window, sink, start, ring, entries, layer, counts, indices):
             return compressed_attention(
                 q,
                 window,
                 sink,
                 start,
+                ring=ring,
                 entries=entries,
                 layer=layer,
                 counts=counts,
@@ -103,11 +102,13 @@ class Attention(nnx.Module):
                 implementation=execution.implementation,
             )
 
-        rows, heads = ("batch", None, None), ("batch", None, "heads", None)
+        rows, heads, stacked = ("batch", None, None), ("batch", None, "heads", None), (None, "batch", None, None)
+        # Without a cache the entries of this call are the only layer there is.
+        layer = jnp.asarray(0 if cache is None else layer)
         out = execution.per_shard(
             attend,
-            (q, window, self.attn_sink[...], start, entries, jnp.asarray(entry_layer), counts, indices),
-            (heads, rows, ("heads",), ("batch",), (None, "batch", None, None), (), ("batch", None), rows),
+            (q, window, self.attn_sink[...], start, ring, entries, layer, counts, indices),
+            (heads, rows, ("heads",), ("batch",), stacked, stacked, (), ("batch", None), rows),
             heads,
         )
         # Keys carry their position into the values; turning the output back makes it relative.

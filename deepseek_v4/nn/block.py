@@ -55,7 +55,7 @@ class Block(nnx.Module):
         y, cache = self.attn(self.attn_norm(x), cache, layer, tokens.start, tokens.lengths, execution)
         streams = post_mix(y, streams, post, comb, implementation=execution.implementation)
         x, post, comb = self._pre("ffn", streams, execution)
-        y = self.ffn(self.ffn_norm(x), tokens.ids, execution)
+        y = self.ffn(self.ffn_norm(x), tokens.ids, layer, execution)
         return post_mix(y, streams, post, comb, implementation=execution.implementation), cache
 
     def _pre(self, sublayer: str, streams: jax.Array, execution: Execution):

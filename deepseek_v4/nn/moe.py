@@ -15,6 +15,10 @@ from deepseek_v4.nn.swiglu import clamped_swiglu
 from deepseek_v4.nn.variables import Buffer, Packed, Storage, Weight, variable
 from pallas_kernels.grouped_matmul import expert_mlp
 
+# Logical axes of (out, in) of the gate and up projections, and of the down projection.
+_IN_TO_WIDTH = ("expert_width", "embed")
+_WIDTH_TO_OUT = ("embed", "expert_width")
+
 
 class Router(nnx.Module):
     """Chooses experts by score plus balance bias, or by token id, and weighs them by score without the bias."""
@@ -91,15 +95,22 @@ class Experts(nnx.Module):
     def __init__(self, config: Config, storage: Storage):
         self.limit = config.swiglu_limit
         experts, d, m = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.w1 = ExpertLinear(experts, m, d, ("expert_width", "embed"), storage)
-        self.w2 = ExpertLinear(experts, d, m, ("embed", "expert_width"), storage)
-        self.w3 = ExpertLinear(experts, m, d, ("expert_width", "embed"), storage)
+        self.w1 = ExpertLinear(experts, m, d, _IN_TO_WIDTH, storage)
+        self.w2 = ExpertLinear(experts, d, m, _WIDTH_TO_OUT, storage)
+        self.w3 = ExpertLinear(experts, m, d, _IN_TO_WIDTH, storage)
 
-    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array, execution: Execution) -> jax.Array:
-        """x [N, d] with expert ids and weights [N, K] to float32 [N, d], summed over the experts of a token."""
+    def __call__(
+        self, x: jax.Array, ids: jax.Array, weights: jax.Array, layer: jax.Array | int, execution: Execution
+    ) -> jax.Array:
+        """x [N, d] with expert ids and weights [N, K] to float32 [N, d], summed over the experts of a token.
+
+        The arrays of w1, w2 and w3 may be those of a whole scan group, [n, E, ...], of which ``layer`` is used.
+        """
         simulate = "activations" in execution.simulate
+        stored = [w.stored() for w in (self.w1, self.w2, self.w3)]
+        stacked = stored[0][0].ndim == 4
 
-        def run(x, ids, weights, w1, w2, w3):
+        def run(x, ids, weights, layer, w1, w2, w3):
             return expert_mlp(
                 x,
                 ids,
@@ -109,24 +120,18 @@ class Experts(nnx.Module):
                 w3,
                 limit=self.limit,
                 simulate_activations=simulate,
+                layer=layer if stacked else None,
                 implementation=execution.implementation,
             )
 
         if simulate:
             x = simulate_fp8(x, ACTIVATION_BLOCK)
-        stored = [w.stored() for w in (self.w1, self.w2, self.w3)]
         placement = execution.placement
         if placement is None:
-            return run(x, ids, weights, *stored)
-        axes = [
-            (("experts", *names), scale)
-            for names, (_, scale) in zip(
-                (("expert_width", "embed"), ("embed", "expert_width"), ("expert_width", "embed")),
-                stored,
-                strict=True,
-            )
-        ]
-        return placement.run_experts(run, x, ids, weights, stored, axes)
+            return run(x, ids, weights, layer, *stored)
+        leading = (None, "experts") if stacked else ("experts",)
+        axes = [(*leading, *names) for names in (_IN_TO_WIDTH, _WIDTH_TO_OUT, _IN_TO_WIDTH)]
+        return placement.run_experts(run, x, ids, weights, jnp.asarray(layer), stored, axes)
 
 
 class SharedExpert(nnx.Module):
@@ -135,9 +140,9 @@ class SharedExpert(nnx.Module):
     def __init__(self, config: Config, storage: Storage):
         self.limit = config.swiglu_limit
         d, m = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        self.w1 = Linear(m, d, ("expert_width", "embed"), storage)
-        self.w2 = Linear(d, m, ("embed", "expert_width"), storage)
-        self.w3 = Linear(m, d, ("expert_width", "embed"), storage)
+        self.w1 = Linear(m, d, _IN_TO_WIDTH, storage)
+        self.w2 = Linear(d, m, _WIDTH_TO_OUT, storage)
+        self.w3 = Linear(m, d, _IN_TO_WIDTH, storage)
 
     def __call__(self, x: jax.Array, execution: Execution) -> jax.Array:
         """x [..., d] to [..., d]."""
@@ -153,10 +158,10 @@ class MoE(nnx.Module):
         self.experts = Experts(config, storage)
         self.shared_experts = SharedExpert(config, storage)
 
-    def __call__(self, x: jax.Array, token_ids: jax.Array, execution: Execution) -> jax.Array:
-        """x [B, S, d], token_ids [B, S] to [B, S, d]; the sum over experts is float32."""
+    def __call__(self, x: jax.Array, token_ids: jax.Array, layer: jax.Array | int, execution: Execution) -> jax.Array:
+        """x [B, S, d], token_ids [B, S] to [B, S, d]; summed over experts in float32; ``layer`` as in ``Experts``."""
         rows = x.reshape(-1, x.shape[-1])
         ids, weights = self.gate(rows, token_ids.reshape(-1), execution)
-        routed = self.experts(rows, ids, weights, execution).reshape(x.shape)
+        routed = self.experts(rows, ids, weights, layer, execution).reshape(x.shape)
         shared = self.shared_experts(x, execution).astype(jnp.float32)
         return execution.constrain((routed + shared).astype(x.dtype), ("batch", None, None))

@@ -9,7 +9,7 @@ from pallas_kernels.grouped_matmul.gradient import with_gradient
 from pallas_kernels.implementation import choose
 
 _IMPLEMENTATIONS = {
-    "xla": xla.expert_mlp_of_layer,
+    "xla": xla.expert_mlp,
     "tpu": with_gradient(tpu.expert_mlp),
     "tpu_interpret": with_gradient(functools.partial(tpu.expert_mlp, interpret=True)),
 }

@@ -8,10 +8,13 @@ from deepseek_v4.formats import ACTIVATION_BLOCK, dequantize, simulate_fp8
 from deepseek_v4.nn.swiglu import clamped_swiglu
 
 
-def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_activations):
+def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_activations, layer=None):
     """See ``pallas_kernels.grouped_matmul.expert_mlp``."""
     tokens, choices = expert_ids.shape
-    experts = w1[0].shape[0]
+    experts = w1[0].shape[-3]
+    # A stack of layers is one long row of experts: slicing out a layer first would copy all of its weights.
+    w1, w2, w3 = (tuple(None if a is None else a.reshape(-1, *a.shape[-2:]) for a in w) for w in (w1, w2, w3))
+    first_expert = 0 if layer is None else layer * experts
     width = x.shape[-1]
     assignments = tokens * choices
 
@@ -39,12 +42,12 @@ def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_act
 
         def compute():
             rows = x[assignment // choices]
-            gate = _linear(rows, w1, expert)
-            up = _linear(rows, w3, expert)
+            gate = _linear(rows, w1, first_expert + expert)
+            up = _linear(rows, w3, first_expert + expert)
             hidden = (clamped_swiglu(gate, up, limit) * routing[:, None]).astype(x.dtype)
             if simulate_activations:
                 hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
-            return _linear(hidden, w2, expert)
+            return _linear(hidden, w2, first_expert + expert)
 
         skip = jnp.zeros((block, width), jnp.float32)
         return None, lax.cond(index < used_blocks, compute, lambda: skip)
@@ -57,16 +60,6 @@ def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_act
     row = first_block[expert] * block + rank - first_row[expert]
     gathered = out.reshape(-1, width)[jnp.clip(row, 0, blocks * block - 1)].reshape(tokens, choices, width)
     return jnp.sum(jnp.where(local[..., None], gathered, 0.0), axis=1)
-
-
-def expert_mlp_of_layer(x, expert_ids, expert_weights, w1, w2, w3, *, layer, **options):
-    """``expert_mlp`` with one layer of stacked weights (None: they are not stacked)."""
-    if layer is not None:
-        w1, w2, w3 = (
-            tuple(None if a is None else lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in w)
-            for w in (w1, w2, w3)
-        )
-    return expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, **options)
 
 
 def _block_rows(assignments: int, experts: int) -> int:
