@@ -21,23 +21,36 @@ class Execution:
     deployment quantisation to reproduce: ``kv`` (E4M3 non-RoPE dims of every KV entry), ``indexer`` (Hadamard and
     E2M1 of index queries and keys), ``activations`` (E4M3 inputs of FP8/FP4 linears); architecture section 7.
     ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
-    of the backend); ``entry_layout`` how the cache stores compressed entries ("plain", or "words", which TPU kernels
-    read in place). Raises ``ValueError`` for an unknown dtype or simulation.
+    of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
+    uint32, which TPU kernels read in place (None: words where the model runs in bfloat16 on TPUs, else plain). Raises
+    ``ValueError`` for an unknown dtype, simulation or layout.
     """
 
     dtype: str = "bfloat16"
     simulate: frozenset[str] = frozenset()
     placement: "Placement | None" = None
     implementation: str | None = None
-    entry_layout: str = "plain"
+    entry_layout: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "simulate", frozenset(self.simulate))
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', found {self.dtype!r}")
+        if self.entry_layout not in (None, "plain", "words"):
+            raise ValueError(f"entry_layout: expected 'plain' or 'words', found {self.entry_layout!r}")
+        if self.entry_layout == "words" and self.dtype != "bfloat16":
+            raise ValueError(f"entry_layout: words hold bfloat16, but dtype is {self.dtype!r}")
         unknown = self.simulate - set(SIMULATIONS)
         if unknown:
             raise ValueError(f"simulate: unknown {sorted(unknown)}, expected any of {list(SIMULATIONS)}")
+
+    @property
+    def cache_layout(self) -> str:
+        """The layout of compressed entries in a cache made now, with the default decided."""
+        if self.entry_layout is not None:
+            return self.entry_layout
+        platform = jax.default_backend() if self.placement is None else self.placement.platform
+        return "words" if platform == "tpu" and self.dtype == "bfloat16" else "plain"
 
     @property
     def activation_dtype(self) -> jnp.dtype:

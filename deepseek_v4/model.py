@@ -128,7 +128,7 @@ class Model:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         def layers(spec: LayerSpec, repeats: int):
-            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.entry_layout)
+            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.cache_layout)
             return {
                 name: array((repeats, batch, *shape), kind, (None, "batch", None, None))
                 for name, (shape, kind) in shapes.items()

@@ -67,6 +67,11 @@ class Placement:
     mesh: Mesh
     rules: Rules = Rules()
 
+    @property
+    def platform(self) -> str:
+        """What the mesh consists of: "tpu", "gpu" or "cpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def size(self, logical: str) -> int:
         """Number of shards that a logical axis is cut into."""
         return int(np.prod([self.mesh.shape[axis] for axis in getattr(self.rules, logical)], dtype=int))
