@@ -22,7 +22,7 @@ class Execution:
     E2M1 of index queries and keys), ``activations`` (E4M3 inputs of FP8/FP4 linears); architecture section 7.
     ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
     of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
-    uint32, which TPU kernels read in place (None: words where the model runs in bfloat16 on TPUs, else plain). Raises
+    uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain). Raises
     ``ValueError`` for an unknown dtype, simulation or layout.
     """
 
@@ -50,7 +50,8 @@ class Execution:
         if self.entry_layout is not None:
             return self.entry_layout
         platform = jax.default_backend() if self.placement is None else self.placement.platform
-        return "words" if platform == "tpu" and self.dtype == "bfloat16" else "plain"
+        kernels = platform == "tpu" and self.implementation != "xla"
+        return "words" if kernels and self.dtype == "bfloat16" else "plain"
 
     @property
     def activation_dtype(self) -> jnp.dtype:

@@ -103,14 +103,19 @@ def default_placement(config: Config, storage: Storage, devices: Sequence[jax.De
 
 
 def open_model(
-    checkpoint: str | Path, *, dtype: str = "bfloat16", simulate: str = "", mesh: str | None = None
+    checkpoint: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    simulate: str = "",
+    mesh: str | None = None,
+    implementation: str | None = None,
 ) -> Loaded:
-    """Opens a Hugging Face or Orbax directory and decides where it runs.
+    """Opens a Hugging Face or Orbax directory and decides where and how it runs (see ``Execution``).
 
     Raises ``CheckpointError``, ``ConfigError``, ``MeshError``, ``TokenizerError`` or ``ValueError``, each saying what
     was wrong where.
     """
-    execution = Execution(dtype, parse_simulations(simulate))
+    execution = Execution(dtype, parse_simulations(simulate), implementation=implementation)
     opened = open_checkpoint(checkpoint)
     placement = choose_placement(mesh, opened.config, opened.storage)
     model = Model(opened.config, opened.storage, dataclasses.replace(execution, placement=placement))

@@ -60,6 +60,8 @@ class Arguments:
     """Arithmetic of activations."""
     simulate: str = ""
     """Parts of the released quantisation to simulate: any of kv,indexer,activations."""
+    implementation: Literal["xla", "tpu"] | None = None
+    """Kernels of the operations. Default: those of the chip where it has them, else XLA."""
     prefill_chunk: int = 512
     """Prompt tokens per sequence and call."""
     batch_size: int = 8
@@ -106,7 +108,13 @@ def _complain(console: Console, text: str) -> None:
 
 
 def _open(args: Arguments) -> tuple[Loaded, int]:
-    loaded = open_model(args.checkpoint, dtype=args.dtype, simulate=args.simulate, mesh=args.mesh)
+    loaded = open_model(
+        args.checkpoint,
+        dtype=args.dtype,
+        simulate=args.simulate,
+        mesh=args.mesh,
+        implementation=args.implementation,
+    )
     context = loaded.model.config.max_position_embeddings
     return loaded, context if args.max_length is None else min(context, args.max_length)
 

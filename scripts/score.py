@@ -46,6 +46,8 @@ class Arguments:
     """Arithmetic of activations."""
     simulate: str = ""
     """Parts of the released quantisation to simulate: any of kv,indexer,activations."""
+    implementation: Literal["xla", "tpu"] | None = None
+    """Kernels of the operations. Default: those of the chip where it has them, else XLA."""
     prefill_chunk: int = 512
     """Tokens per sequence and call."""
     batch_size: int = 1
@@ -81,7 +83,13 @@ def _complain(console: Console, text: str) -> None:
 
 def _run(args: Arguments, console: Console) -> None:
     lines = read_lines(args.input)
-    loaded = open_model(args.checkpoint, dtype=args.dtype, simulate=args.simulate, mesh=args.mesh)
+    loaded = open_model(
+        args.checkpoint,
+        dtype=args.dtype,
+        simulate=args.simulate,
+        mesh=args.mesh,
+        implementation=args.implementation,
+    )
     config = loaded.model.config
     sequences, errors = [], []
     for line in lines:
