@@ -60,8 +60,8 @@ class Arguments:
     """Arithmetic of activations."""
     simulate: str = ""
     """Parts of the released quantisation to simulate: any of kv,indexer,activations."""
-    implementation: Literal["xla", "tpu"] | None = None
-    """Kernels of the operations. Default: those of the chip where it has them, else XLA."""
+    implementation: Literal["xla"] | None = None
+    """xla runs every operation without kernels. Default: the kernels of the chip, where it has them."""
     prefill_chunk: int = 512
     """Prompt tokens per sequence and call."""
     batch_size: int = 8
