@@ -259,7 +259,7 @@ def experts(hashed: bool = False, storage: Storage = MASTER, x_scale: float = 1.
     layer = Layer(0, hashed=hashed, storage=storage, **changes)
     x = layer.x(12) * np.float32(x_scale)
     tokens = np.arange(12) * 5 % 64
-    found = layer.block.ffn(jnp.asarray(x), jnp.asarray(tokens)[None], layer.execution)
+    found = layer.block.ffn(jnp.asarray(x), jnp.asarray(tokens)[None], 0, layer.execution)
     close(found[0], layer.oracle.moe("layers.0.ffn.", x[0].astype(np.float64), tokens))
 
 
@@ -285,7 +285,7 @@ def crowded_expert() -> None:
     layer.tensors["layers.0.ffn.gate.tid2eid"][:] = [2, 5, 6]
     x = layer.x(40)
     tokens = np.zeros(40, int)
-    found = layer.block.ffn(jnp.asarray(x), jnp.asarray(tokens)[None], layer.execution)
+    found = layer.block.ffn(jnp.asarray(x), jnp.asarray(tokens)[None], 0, layer.execution)
     close(found[0], layer.oracle.moe("layers.0.ffn.", x[0].astype(np.float64), tokens))
 
 
@@ -444,8 +444,8 @@ def state_kept_for(rollback: int | None = None, dtype: Any = None) -> Patch:
     """Cache arrays without the rows that rollback needs, or with downcast state."""
 
     def bug(original):
-        def run(config, spec, max_length, bound, kind):
-            shapes = original(config, spec, max_length, bound if rollback is None else rollback, kind)
+        def run(config, spec, max_length, bound, *rest):
+            shapes = original(config, spec, max_length, bound if rollback is None else rollback, *rest)
             if dtype is not None:
                 shapes = {k: (s, dtype if k.endswith(("kv", "score")) else t) for k, (s, t) in shapes.items()}
             return shapes
