@@ -30,6 +30,20 @@ def test_the_four_released_configs(name: str, shared_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kinds", "released"),
+    [("default", {"SWA", "CSA", "HCA"}, "flash"), ("small-pro", {"CSA", "HCA"}, "pro")],
+)
+def test_small_configs_keep_every_layer_kind_of_their_release(name: str, kinds: set[str], released: str) -> None:
+    small, full = Config.from_file(CONFIGS / name), Config.from_file(CONFIGS / released)
+    assert {spec.kind for spec in layer_specs(small)} == {spec.kind for spec in layer_specs(full)} == kinds
+    for config in (small, full):
+        assert {spec.hash_router for spec in layer_specs(config)} == {True, False}
+        assert config.drafter == "mtp"
+    assert layer_specs(small)[0].kind == layer_specs(full)[0].kind
+    assert small.sliding_window == full.sliding_window
+
+
+@pytest.mark.parametrize(
     ("name", "layers", "kinds", "topk", "scaling"),
     [
         ("flash", 43, {"SWA": 2, "CSA": 21, "HCA": 20}, 512, 1.5),
