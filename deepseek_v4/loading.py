@@ -68,12 +68,18 @@ def parse_simulations(text: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def choose_placement(mesh: str | None, config: Config, storage: Storage) -> Placement | None:
+def choose_placement(
+    mesh: str | None, config: Config, storage: Storage, simulate: frozenset[str] = frozenset()
+) -> Placement | None:
     """The placement that ``mesh`` names, or ``default_placement`` if it is None."""
-    return Placement(make_mesh(mesh)) if mesh is not None else default_placement(config, storage, jax.devices())
+    if mesh is not None:
+        return Placement(make_mesh(mesh))
+    return default_placement(config, storage, jax.devices(), simulate)
 
 
-def default_placement(config: Config, storage: Storage, devices: Sequence[jax.Device]) -> Placement | None:
+def default_placement(
+    config: Config, storage: Storage, devices: Sequence[jax.Device], simulate: frozenset[str] = frozenset()
+) -> Placement | None:
     """A mesh over all ``devices`` that fits the model; None for one device.
 
     Experts are most of the weights and split best, so the expert axis takes most devices; every doubling of both axes
@@ -95,7 +101,7 @@ def default_placement(config: Config, storage: Storage, devices: Sequence[jax.De
     for data, expert, tensor in sizes:
         placement = Placement(make_mesh({"data": data, "expert": expert, "tensor": tensor}, devices))
         try:
-            check_placement(placement, config, storage)
+            check_placement(placement, config, storage, simulate)
         except MeshError:
             continue
         return placement
@@ -117,7 +123,7 @@ def open_model(
     """
     execution = Execution(dtype, parse_simulations(simulate), implementation=implementation)
     opened = open_checkpoint(checkpoint)
-    placement = choose_placement(mesh, opened.config, opened.storage)
+    placement = choose_placement(mesh, opened.config, opened.storage, execution.simulate)
     model = Model(opened.config, opened.storage, dataclasses.replace(execution, placement=placement))
     tokenizer = None if opened.tokenizer_path is None else Tokenizer.from_file(opened.tokenizer_path)
     return Loaded(model, tokenizer, opened)

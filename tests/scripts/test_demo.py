@@ -18,7 +18,6 @@ from deepseek_v4.nn.variables import RELEASED
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
 def test_the_demo_runs_the_whole_path(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environment["PYTHONPATH"] = str(ROOT)
@@ -49,6 +48,11 @@ class TestDefaultMesh:
         placement = default_placement(default_config(), RELEASED, jax.devices()[:count])
         shape = None if placement is None else tuple(placement.mesh.shape.values())
         assert shape == expected
+
+    def test_the_mesh_leaves_simulated_activation_blocks_whole(self):
+        # Experts are 128 wide: one block, which no tensor axis may cut.
+        placement = default_placement(default_config(), RELEASED, jax.devices(), frozenset({"activations"}))
+        assert tuple(placement.mesh.shape.values()) == (1, 8, 1)
 
     def test_released_models_fit_every_count_of_a_pod(self):
         for name in ("flash", "pro"):
