@@ -24,13 +24,14 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter: shape, dtype, logical axis per dim, role (see ``nn.variables.variable``), variable kind."""
+    """One parameter: shape, dtype, logical axis per dim, role, kind, fused matrices (see ``nn.variables.variable``)."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: tuple[str | None, ...]
     role: str
     kind: type[nnx.Variable]
+    matrices: tuple[int, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -80,7 +81,12 @@ def describe(module: nnx.Module) -> dict[Path, ParameterSpec]:
         metadata = leaf.get_metadata()
         value = leaf.get_value()
         described[tuple(str(key) for key in path)] = ParameterSpec(
-            tuple(value.shape), jnp.dtype(value.dtype), tuple(metadata["axes"]), metadata["role"], type(leaf)
+            tuple(value.shape),
+            jnp.dtype(value.dtype),
+            tuple(metadata["axes"]),
+            metadata["role"],
+            type(leaf),
+            metadata["matrices"],
         )
     return dict(sorted(described.items()))
 

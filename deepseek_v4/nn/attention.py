@@ -30,7 +30,9 @@ class Attention(nnx.Module):
         self.attn_sink = variable(Weight, (heads,), jnp.float32, ("heads",), "island")
         self.wq_a = Linear(c.q_lora_rank, c.hidden_size, ("q_lora", "embed"), storage)
         self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps, storage.norms)
-        self.wq_b = Linear(heads * c.head_dim, c.q_lora_rank, ("heads", "q_lora"), storage)
+        # Queries are independent by head group, the groups that wo_a mixes.
+        query_groups = groups * (heads * c.head_dim // groups,)
+        self.wq_b = Linear(heads * c.head_dim, c.q_lora_rank, ("heads", "q_lora"), storage, matrices=query_groups)
         self.wkv = Linear(c.head_dim, c.hidden_size, (None, "embed"), storage)
         self.kv_norm = RMSNorm(c.head_dim, c.rms_norm_eps, storage.norms)
         self.wo_a = Linear(

@@ -35,9 +35,9 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, storage.norms)
         self.ffn = MoE(config, spec, storage)
         n = config.hc_mult
-        mixes = (2 + n) * n
+        mixes, matrices = (2 + n) * n, (n, n, n * n)  # rows of pre, post and comb
         for sublayer in ("attn", "ffn"):
-            fn = variable(Weight, (mixes, n * config.hidden_size), jnp.float32, (None, None), "hyper")
+            fn = variable(Weight, (mixes, n * config.hidden_size), jnp.float32, (None, None), "hyper", matrices)
             setattr(self, f"hc_{sublayer}_fn", fn)
             setattr(self, f"hc_{sublayer}_base", variable(Weight, (mixes,), jnp.float32, (None,), "island"))
             setattr(self, f"hc_{sublayer}_scale", variable(Weight, (3,), jnp.float32, (None,), "island"))

@@ -28,8 +28,9 @@ class Compressor(nnx.Module):
         self.prefix = prefix
         lanes = spec.lanes * width
         self.ape = variable(Weight, (spec.compress_ratio, lanes), jnp.float32, (None, None), "island")
-        self.wkv = PlainLinear(lanes, config.hidden_size, (None, "embed"), storage)
-        self.wgate = PlainLinear(lanes, config.hidden_size, (None, "embed"), storage)
+        matrices = spec.lanes * (width,)
+        self.wkv = PlainLinear(lanes, config.hidden_size, (None, "embed"), storage, matrices=matrices)
+        self.wgate = PlainLinear(lanes, config.hidden_size, (None, "embed"), storage, matrices=matrices)
         self.norm = RMSNorm(width, config.rms_norm_eps, storage.norms)
 
     def __call__(

@@ -16,20 +16,28 @@ class Linear(nnx.Module):
     """A linear that the releases store as E4M3 with 128 x 128 scales; ``groups`` > 1 is the grouped ``wo_a``.
 
     weight [out, in], scale [ceil(out/128), ceil(in/128)] when stored in FP8. ``axes`` are the logical axes of
-    (out, in).
+    (out, in); ``matrices`` as in ``variable`` (by default one per group).
     """
 
     def __init__(
-        self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, *, groups: int = 1
+        self,
+        out: int,
+        inputs: int,
+        axes: tuple[str | None, str | None],
+        storage: Storage,
+        *,
+        groups: int = 1,
+        matrices: tuple[int, ...] = (),
     ):
         self.groups = groups
+        matrices = matrices or (groups * (out // groups,) if groups > 1 else ())
         self.scale: Packed | None
         if storage.linears == "fp8":
             blocks = (math.ceil(out / FP8_BLOCK), math.ceil(inputs / FP8_BLOCK))
-            self.weight: Packed | Weight = variable(Packed, (out, inputs), jnp.float8_e4m3fn, axes, "linear")
+            self.weight: Packed | Weight = variable(Packed, (out, inputs), jnp.float8_e4m3fn, axes, "linear", matrices)
             self.scale = variable(Packed, blocks, storage.scales, axes, "scale")
         else:
-            self.weight = variable(Weight, (out, inputs), storage.linears, axes, "linear")
+            self.weight = variable(Weight, (out, inputs), storage.linears, axes, "linear", matrices)
             self.scale = None
 
     def __call__(self, x: jax.Array, execution: Execution) -> jax.Array:
@@ -46,8 +54,16 @@ class Linear(nnx.Module):
 class PlainLinear(nnx.Module):
     """A linear that every release stores unquantised; ``dtype`` of the call decides the arithmetic."""
 
-    def __init__(self, out: int, inputs: int, axes: tuple[str | None, str | None], storage: Storage, role="matrix"):
-        self.weight = variable(Weight, (out, inputs), storage.matrices, axes, role)
+    def __init__(
+        self,
+        out: int,
+        inputs: int,
+        axes: tuple[str | None, str | None],
+        storage: Storage,
+        role: str = "matrix",
+        matrices: tuple[int, ...] = (),
+    ):
+        self.weight = variable(Weight, (out, inputs), storage.matrices, axes, role, matrices)
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """x [..., in] to [..., out], multiplied and returned in ``dtype`` (accumulated in float32)."""

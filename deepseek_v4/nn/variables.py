@@ -70,13 +70,17 @@ def variable(
     dtype: jax.typing.DTypeLike,
     axes: tuple[str | None, ...],
     role: str,
+    matrices: tuple[int, ...] = (),
 ) -> VariableType:
-    """A zero-filled variable that carries its logical axes (one per dim) and its role.
+    """A zero-filled variable that carries its logical axes (one per dim), its role and its ``matrices``.
 
     Roles say what a tensor is, for initialisation, optimiser and storage: ``linear``, ``expert``, ``scale``,
     ``matrix``, ``embedding``, ``norm``, ``hyper`` (mHC projections), ``island`` (other float32 parameters),
-    ``router_bias``, ``token_table``.
+    ``router_bias``, ``token_table``. ``matrices`` are the output rows of each logically independent matrix, where
+    several are fused into one tensor (() for a single one): what an optimiser that works on matrices must keep apart.
     """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axes {axes} for shape {shape}")
-    return kind(jnp.zeros(shape, dtype), axes=axes, role=role)
+    if matrices and sum(matrices) != shape[-2]:
+        raise ValueError(f"matrices of {matrices} rows do not make up shape {shape}")
+    return kind(jnp.zeros(shape, dtype), axes=axes, role=role, matrices=matrices)
