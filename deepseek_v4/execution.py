@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4.nn.variables import Storage
+
 if TYPE_CHECKING:
     from deepseek_v4.sharding import Placement
 
@@ -20,6 +22,8 @@ class Execution:
     ``dtype`` is the activation dtype ("float32" or "bfloat16"). ``simulate`` names the parts of the released
     deployment quantisation to reproduce: ``kv`` (E4M3 non-RoPE dims of every KV entry), ``indexer`` (Hadamard and
     E2M1 of index queries and keys), ``activations`` (E4M3 inputs of FP8/FP4 linears); architecture section 7.
+    ``quantise`` is for training: weights are used as a checkpoint of that ``Storage`` would hold them, with straight-
+    through gradients to the unquantised ones that the model must store (None: used as they are).
     ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
     of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
     uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain). Raises
@@ -31,6 +35,7 @@ class Execution:
     placement: "Placement | None" = None
     implementation: str | None = None
     entry_layout: str | None = None
+    quantise: Storage | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "simulate", frozenset(self.simulate))

@@ -2,7 +2,12 @@
 
 Everything that knows how a quantised byte becomes a number lives here (architecture section 7). Scales multiply:
 value = code * scale. All functions are traceable and exact unless they say otherwise.
+
+What rounds a value and returns it decoded (``simulate_*``, ``as_stored``) has the gradient of the identity. Its scale
+follows the largest value of a block, so that nothing is cut off: there is no range outside of which to stop gradients.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +142,7 @@ def quantize_fp8_rows(x: jax.Array, block: int, amax_floor: float = 1e-4) -> tup
     return _unblock(codes, padding), scale
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def simulate_fp8(x: jax.Array, block: int, amax_floor: float = 1e-4) -> jax.Array:
     """What [..., K] becomes after a round trip through E4M3 with one power-of-two scale per ``block`` channels."""
     codes, scale = quantize_fp8_rows(x, block, amax_floor)
@@ -144,6 +150,12 @@ def simulate_fp8(x: jax.Array, block: int, amax_floor: float = 1e-4) -> jax.Arra
     return _unblock(groups * scale[..., None], padding).astype(x.dtype)
 
 
+@simulate_fp8.defjvp
+def _simulate_fp8_straight_through(block, amax_floor, primals, tangents):
+    return simulate_fp8(*primals, block, amax_floor), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def simulate_fp4(x: jax.Array, block: int = FP4_BLOCK) -> jax.Array:
     """What [..., K] becomes after a round trip through E2M1 with one power-of-two scale per ``block`` channels."""
     groups, padding = _blocks(x.astype(jnp.float32), block)
@@ -151,6 +163,11 @@ def simulate_fp4(x: jax.Array, block: int = FP4_BLOCK) -> jax.Array:
     scale = power_of_two_scale(amax, E2M1_MAX)
     values = e2m1_to_float(float_to_e2m1(groups / scale)) * scale
     return _unblock(values, padding).astype(x.dtype)
+
+
+@simulate_fp4.defjvp
+def _simulate_fp4_straight_through(block, primals, tangents):
+    return simulate_fp4(*primals, block), tangents[0]
 
 
 def simulate_kv(entry: jax.Array, rope_dims: int) -> jax.Array:
@@ -205,20 +222,63 @@ def _unblock(groups: jax.Array, padding: int) -> jax.Array:
     return flat[..., : flat.shape[-1] - padding] if padding else flat
 
 
-def quantize_fp8_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights [..., N, K] to E4M3 codes and E8M0 scales [..., ceil(N/128), ceil(K/128)], scales rounded up."""
+_LEAST_AMAX = 2.0**-100  # keeps the scale of a block of zeros a normal number
+
+# The largest magnitudes, in units of the scale, that still round to the largest code: beyond 448 and 6 they do so until
+# the middle between it and the next that there would be.
+_E4M3_ROUNDS_TO_MAX = 464.0
+_E2M1_ROUNDS_TO_MAX = 7.0
+
+
+def quantize_fp8_weight(weight: jax.Array, scales: str = "float8_e8m0fnu") -> tuple[jax.Array, jax.Array]:
+    """Weights [..., N, K] to E4M3 codes and scales [..., ceil(N/128), ceil(K/128)] of dtype ``scales``.
+
+    An E8M0 scale is the smallest power of two at which the block's largest value is still rounded and not cut off.
+    Twice that would keep none better, and quantising decoded codes gives the same codes and scales again. A float32
+    scale makes the largest value 448; decoded codes come back as they are, their scales within a rounding.
+    """
     rows, columns = weight.shape[-2:]
     pad = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % FP8_BLOCK), (0, -columns % FP8_BLOCK)]
     padded = jnp.pad(weight.astype(jnp.float32), pad)
     tiles = padded.reshape(*weight.shape[:-2], padded.shape[-2] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
-    scale = power_of_two_scale(jnp.maximum(jnp.max(jnp.abs(tiles), axis=(-3, -1)), 2.0**-100), E4M3_MAX)
+    amax = jnp.maximum(jnp.max(jnp.abs(tiles), axis=(-3, -1)), _LEAST_AMAX)
+    scale = amax / E4M3_MAX if scales == "float32" else power_of_two_scale(amax, _E4M3_ROUNDS_TO_MAX)
     codes = round_e4m3(tiles / scale[..., :, None, :, None]).reshape(padded.shape)
-    return codes[..., :rows, :columns], encode_e8m0(scale)
+    return codes[..., :rows, :columns], scale if scales == "float32" else encode_e8m0(scale)
 
 
 def quantize_fp4_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights [..., N, K] to packed E2M1 [..., N, K/2] (uint8) and E8M0 scales [..., N, K/32], scales rounded up."""
+    """Weights [..., N, K] to packed E2M1 [..., N, K/2] (uint8) and E8M0 scales [..., N, K/32].
+
+    Scales as in ``quantize_fp8_weight``: the largest code of a group is 4 or 6 unless all are zero. A released group
+    whose largest code is smaller comes back with the same values in larger codes at a smaller scale.
+    """
     groups, _ = _blocks(weight.astype(jnp.float32), FP4_BLOCK)
-    scale = power_of_two_scale(jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), 2.0**-100), E2M1_MAX)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), _LEAST_AMAX)
+    scale = power_of_two_scale(amax, _E2M1_ROUNDS_TO_MAX)
     codes = float_to_e2m1(groups / scale[..., None]).reshape(weight.shape)
     return pack_e2m1(codes), encode_e8m0(scale)
+
+
+def quantize(weight: jax.Array, stored: str, scales: str = "float8_e8m0fnu") -> tuple[jax.Array, jax.Array | None]:
+    """Weights [..., N, K] as a checkpoint holds them: (codes, scale), or (weight, None) in a plain dtype.
+
+    ``stored`` is a format of ``nn.variables.Storage`` ("fp4", "fp8", "bfloat16", "float32"), ``scales`` the dtype of
+    FP8 scales. The inverse is ``dequantize``.
+    """
+    if stored == "fp4":
+        return quantize_fp4_weight(weight)
+    if stored == "fp8":
+        return quantize_fp8_weight(weight, scales)
+    return weight.astype(stored), None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def as_stored(weight: jax.Array, stored: str, scales: str = "float8_e8m0fnu") -> jax.Array:
+    """``weight`` as it would be read from a checkpoint that stores it so (see ``quantize``), in its own dtype."""
+    return dequantize(*quantize(weight, stored, scales), weight.dtype)
+
+
+@as_stored.defjvp
+def _as_stored_straight_through(stored, scales, primals, tangents):
+    return as_stored(*primals, stored, scales), tangents[0]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from deepseek_v4.adapters import LoRA, adaptable, check_patterns
 from deepseek_v4.cache import layer_cache_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
@@ -35,6 +36,7 @@ from deepseek_v4.parameters import (
     nest,
     shell_module,
     stacked,
+    stored_as,
 )
 from deepseek_v4.sharding import check_placement
 
@@ -54,15 +56,23 @@ class Output(NamedTuple):
 class Model:
     """A DeepSeek-V4 model as pure functions over plain pytrees.
 
-    ``config`` and ``storage`` say what the parameters are, ``execution`` how they are used. Frozen and hashable: close
-    over it or pass it as a static argument. Raises ``MeshError`` when the execution's mesh does not fit the model.
+    ``config``, ``storage`` and ``adapters`` say what the parameters are, ``execution`` how they are used. Frozen and
+    hashable: close over it or pass it as a static argument. Raises ``MeshError`` when the execution's mesh does not fit
+    the model, and ``ValueError`` for adapters of nothing and for packed weights that shall be quantised.
     """
 
     config: Config
     storage: Storage = RELEASED
     execution: Execution = dataclasses.field(default_factory=Execution)
+    adapters: LoRA | None = None
 
     def __post_init__(self) -> None:
+        if self.execution.quantise is not None and self.storage.packed:
+            raise ValueError(f"execution.quantise needs weights that are not quantised yet, found {self.storage}")
+        if self.adapters is not None:
+            modules = [block_module(self.config, spec, self.storage) for spec in set(layer_specs(self.config))]
+            modules += [draft_module(self.config, spec, self.storage) for spec in self.drafts]
+            check_patterns(self.adapters, {name for module in modules for name, _ in adaptable(module)})
         if self.execution.placement is not None:
             check_placement(self.execution.placement, self.config, self.storage, self.execution.simulate)
 
@@ -84,11 +94,11 @@ class Model:
 
     def layer_specs(self, spec: LayerSpec) -> Params:
         """Descriptions of one layer, not stacked."""
-        return nest(describe(block_module(self.config, spec, self.storage)))
+        return nest(describe(block_module(self.config, spec, self.storage, self.adapters)))
 
     def draft_specs(self, spec: LayerSpec) -> Params:
         """Descriptions of one MTP block."""
-        return nest(describe(draft_module(self.config, spec, self.storage)))
+        return nest(describe(draft_module(self.config, spec, self.storage, self.adapters)))
 
     def parameter_specs(self) -> Params:
         """Descriptions of all parameters, in the structure of ``params``."""
@@ -185,7 +195,8 @@ class Model:
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache["position"]
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         tokens = Tokens(token_ids, start, lengths)
-        shell = nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), params["shell"])
+        around = stored_as(self.shell_specs(), params["shell"], execution.quantise)
+        shell = nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), around)
 
         embedded = shell.embed.weight[...][token_ids].astype(execution.activation_dtype)
         embedded = execution.constrain(embedded, ("batch", None, None))
@@ -217,9 +228,10 @@ class Model:
         return Output(logits, draft_logits, new_cache)
 
     def _run_group(self, group: ScanGroup, params, streams, tokens: Tokens, cache):
-        graphs = [nnx.graphdef(block_module(self.config, spec, self.storage)) for spec in group.pattern]
+        graphs = [nnx.graphdef(block_module(self.config, spec, self.storage, self.adapters)) for spec in group.pattern]
+        specs = [self.layer_specs(spec) for spec in group.pattern]
         scanned, whole = zip(
-            *(_split_whole_stacks(self.layer_specs(s), p) for s, p in zip(group.pattern, params, strict=True)),
+            *(_split_whole_stacks(s, p) for s, p in zip(specs, params, strict=True)),
             strict=True,
         )
 
@@ -228,7 +240,8 @@ class Model:
             params, layer = inputs
             members = []
             for index, graph in enumerate(graphs):
-                block = nnx.merge(graph, nest(flatten(params[index]) | whole[index]))
+                layer_params = nest(flatten(params[index]) | whole[index])
+                block = nnx.merge(graph, stored_as(specs[index], layer_params, self.execution.quantise))
                 member = None if cache is None else cache[index]
                 streams, member = block(streams, tokens, member, layer, self.execution)
                 streams = self.execution.constrain(streams, ("batch", None, None, None))
@@ -241,8 +254,8 @@ class Model:
     def _run_draft(self, params, embedded, streams, tokens: Tokens, cache):
         """The MTP block over draft positions start - 1 .. start + S - 2: token t + 1 meets the main streams of t."""
         execution = self.execution
-        graph = nnx.graphdef(draft_module(self.config, self.drafts[0], self.storage))
-        block = nnx.merge(graph, params)
+        graph = nnx.graphdef(draft_module(self.config, self.drafts[0], self.storage, self.adapters))
+        block = nnx.merge(graph, stored_as(self.draft_specs(self.drafts[0]), params, execution.quantise))
         batch, length = tokens.ids.shape
         if cache is None:
             before = jnp.zeros((batch, 1, *streams.shape[2:]), streams.dtype)

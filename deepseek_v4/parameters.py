@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_v4.adapters import LoRA, adapt
 from deepseek_v4.config import Config
+from deepseek_v4.formats import as_stored
 from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.block import Block, DraftBlock, OutputHead
 from deepseek_v4.nn.linear import PlainLinear
@@ -64,14 +66,14 @@ def shell_module(config: Config, storage: Storage) -> nnx.Module:
     return nnx.eval_shape(lambda: Shell(config, storage))
 
 
-def block_module(config: Config, spec: LayerSpec, storage: Storage) -> nnx.Module:
-    """The abstract module of a layer (no arrays)."""
-    return nnx.eval_shape(lambda: Block(config, spec, storage))
+def block_module(config: Config, spec: LayerSpec, storage: Storage, adapters: LoRA | None = None) -> nnx.Module:
+    """The abstract module of a layer (no arrays), with its adapters."""
+    return nnx.eval_shape(lambda: adapt(Block(config, spec, storage), adapters))
 
 
-def draft_module(config: Config, spec: LayerSpec, storage: Storage) -> nnx.Module:
-    """The abstract module of an MTP block."""
-    return nnx.eval_shape(lambda: DraftBlock(config, spec, storage))
+def draft_module(config: Config, spec: LayerSpec, storage: Storage, adapters: LoRA | None = None) -> nnx.Module:
+    """The abstract module of an MTP block, with its adapters."""
+    return nnx.eval_shape(lambda: adapt(DraftBlock(config, spec, storage), adapters))
 
 
 def describe(module: nnx.Module) -> dict[Path, ParameterSpec]:
@@ -126,3 +128,31 @@ def is_spec(value: Any) -> bool:
 def map_specs(function: Callable[[ParameterSpec], Any], tree: Any) -> Any:
     """Applies ``function`` to every description of a tree."""
     return jax.tree.map(function, tree, is_leaf=is_spec)
+
+
+def map_members(function: Callable[..., Any], *trees: Any) -> Any:
+    """Applies ``function`` to the nested dicts that trees like ``params`` consist of: shell, group members, drafts."""
+    shells, groups, drafts = ([tree[part] for tree in trees] for part in ("shell", "groups", "drafts"))
+    return {
+        "shell": function(*shells),
+        "groups": tuple(
+            tuple(function(*members) for members in zip(*group, strict=True)) for group in zip(*groups, strict=True)
+        ),
+        "drafts": tuple(function(*blocks) for blocks in zip(*drafts, strict=True)),
+    }
+
+
+def stored_as(specs: Any, params: Any, storage: Storage | None) -> Any:
+    """Unquantised parameters as a checkpoint of ``storage`` would hold them (None: as they are), straight-through.
+
+    ``specs`` describe ``params``; every leaf keeps its shape and dtype. One layer at a time is what to call it with:
+    the rounded weights, routed experts among them, are arrays beside the others.
+    """
+    if storage is None:
+        return params
+
+    def rounded(spec: ParameterSpec, value: jax.Array) -> jax.Array:
+        stored = storage.format_of(spec.role)
+        return value if stored is None else as_stored(value, stored, storage.scales)
+
+    return jax.tree.map(rounded, specs, params, is_leaf=is_spec)

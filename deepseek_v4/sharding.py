@@ -124,19 +124,23 @@ class Placement:
         ids: jax.Array,
         weights: jax.Array,
         layer: jax.Array,
-        stored: Sequence[tuple[jax.Array, jax.Array | None]],
-        axes: Sequence[tuple[str | None, ...]],
+        stored: Sequence[Any],
+        axes: Sequence[tuple[tuple[str | None, ...], ...]],
     ) -> jax.Array:
         """Runs the expert MLP where the experts live: every shard adds what its own experts contribute.
 
         x [N, d], ids and weights [N, K] are split by batch and known to every shard of an expert group; a shard sees
-        the ids relative to its first expert, so those of other shards fall outside its range. ``axes`` are the logical
-        axes of each (weight, scale) of ``stored``. The sum over expert and width shards is float32.
+        the ids relative to its first expert, so those of other shards fall outside its range. ``stored`` are the
+        (weight, scale) of the linears, then adapters (a, b) or None, and ``axes`` the logical axes of each of these
+        arrays. The sum over expert and width shards is float32.
         """
         rows = self.spec(("batch", None))
         weight_specs = tuple(
-            (self.spec(names), None if scale is None else self.spec(names))
-            for names, (_, scale) in zip(axes, stored, strict=True)
+            arrays
+            and tuple(
+                None if array is None else self.spec(names) for array, names in zip(arrays, described, strict=True)
+            )
+            for arrays, described in zip(stored, axes, strict=True)
         )
         expert_axes = self.mesh_axes("experts")
         width_axes = self.mesh_axes("expert_width")

@@ -19,6 +19,10 @@ class Linear(nnx.Module):
     (out, in); ``matrices`` as in ``variable`` (by default one per group).
     """
 
+    lora_a: Weight | None = None
+    lora_b: Weight | None = None
+    lora_scale = 1.0
+
     def __init__(
         self,
         out: int,
@@ -30,6 +34,8 @@ class Linear(nnx.Module):
         matrices: tuple[int, ...] = (),
     ):
         self.groups = groups
+        self.sizes = (out, inputs)
+        self.axes = axes
         matrices = matrices or (groups * (out // groups,) if groups > 1 else ())
         self.scale: Packed | None
         if storage.linears == "fp8":
@@ -46,9 +52,28 @@ class Linear(nnx.Module):
         # The reference runs the grouped output projection in BF16 although it is stored in FP8.
         if "activations" in execution.simulate and self.groups == 1:
             x = simulate_fp8(x, ACTIVATION_BLOCK)
-        return block_scaled_matmul(
+        out = block_scaled_matmul(
             x, self.weight[...], scale, groups=self.groups, implementation=execution.implementation
         )
+        if self.lora_a is None or self.lora_b is None:
+            return out
+        low = plain_matmul(x, self.lora_a[...], x.dtype)
+        b = self.lora_b[...]
+        if self.groups == 1:
+            delta = plain_matmul(low, b, x.dtype)
+        else:
+            b = b.reshape(self.groups, -1, b.shape[-1]).astype(x.dtype)
+            delta = jnp.einsum(
+                "...gr,gnr->...gn", low, b, precision=dot_precision(x.dtype), preferred_element_type=jnp.float32
+            )
+        return (out + self.lora_scale * delta).astype(x.dtype)
+
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """A low-rank addition, a [rank, in] and b [out, rank], shared by the groups in a and by rows in b."""
+        (out, inputs), (out_axis, in_axis) = self.sizes, self.axes
+        self.lora_a = variable(Weight, (rank, inputs), jnp.float32, (None, in_axis), "adapter")
+        self.lora_b = variable(Weight, (out, rank), jnp.float32, (out_axis, None), "adapter")
+        self.lora_scale = scale
 
 
 class PlainLinear(nnx.Module):

@@ -13,6 +13,7 @@ from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.linear import Linear, plain_matmul
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from deepseek_v4.nn.variables import Buffer, Packed, Storage, Weight, variable
+from deepseek_v4.positions import Tokens
 from pallas_kernels.grouped_matmul import expert_mlp
 
 # Logical axes of (out, in) of the gate and up projections, and of the down projection.
@@ -37,25 +38,50 @@ class Router(nnx.Module):
             self.tid2eid = None
             self.bias = variable(Buffer, (experts,), jnp.float32, (None,), "router_bias")
 
-    def __call__(self, x: jax.Array, token_ids: jax.Array, execution: Execution) -> tuple[jax.Array, jax.Array]:
-        """x [N, d], token_ids [N] to expert ids int32 [N, K] and routing weights float32 [N, K]."""
+    def __call__(
+        self, x: jax.Array, token_ids: jax.Array, execution: Execution, chosen: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [N, d], token_ids [N] to expert ids int32 [N, K], routing weights float32 [N, K] and log-scores [N, E].
+
+        ``chosen`` are expert ids that were decided elsewhere; this router then only weighs them.
+        """
         c = self.config
         logits = plain_matmul(x, self.weight[...], jnp.float32)
         log_scores = log_sqrt_softplus(logits)
-        if self.bias is None:
+        if chosen is not None:
+            ids = chosen
+        elif self.bias is None:
             assert self.tid2eid is not None
             ids = self.tid2eid[...][token_ids]
         else:
             biased = jnp.exp(log_scores) + self.bias[...]
             ids = execution.per_shard(
                 lambda scores: jax.lax.top_k(scores, c.num_experts_per_tok)[1],
-                (biased,),
+                (jax.lax.stop_gradient(biased),),
                 (("batch", None),),
                 ("batch", None),
             )
         # score / sum of scores, as a softmax of logarithms: a hash layer may choose experts whose scores all underflow.
         weights = jax.nn.softmax(jnp.take_along_axis(log_scores, ids, axis=-1), axis=-1)
-        return ids.astype(jnp.int32), weights * c.routed_scaling_factor
+        return ids.astype(jnp.int32), weights * c.routed_scaling_factor, log_scores
+
+
+def load_and_balance(ids: jax.Array, log_scores: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens per expert of a call, float32 [E], and the sequence-wise balance loss, the mean over rows (V3 2.1.2).
+
+    ids [B, S, K], log-scores [B, S, E], real [B, S] the tokens that count. A row's loss is sum_i f_i P_i with
+    f_i = E / (K T) * (tokens of the row sent to i) and P_i the mean of its normalised scores; 1 if all are alike.
+    Gradients flow through P alone.
+    """
+    experts, choices = log_scores.shape[-1], ids.shape[-1]
+    counted = real.astype(jnp.float32)
+    loads = jnp.einsum("bske,bs->be", jax.nn.one_hot(ids, experts, dtype=jnp.float32), counted)
+    tokens = jnp.sum(counted, axis=1, keepdims=True)
+    frequency = loads * experts / (choices * jnp.maximum(tokens, 1))
+    shares = jnp.einsum("bse,bs->be", jax.nn.softmax(log_scores, axis=-1), counted) / jnp.maximum(tokens, 1)
+    rows = jnp.maximum(jnp.sum(tokens > 0), 1)
+    balance = jnp.sum(jax.lax.stop_gradient(frequency) * shares) / rows
+    return jnp.sum(jax.lax.stop_gradient(loads), axis=0), balance
 
 
 def log_sqrt_softplus(x: jax.Array) -> jax.Array:
@@ -70,8 +96,14 @@ class ExpertLinear(nnx.Module):
     FP4: uint8 [E, out, in/2] with scale [E, out, in/32]; FP8: E4M3 with scale [E, ceil(out/128), ceil(in/128)].
     """
 
+    lora_a: Weight | None = None
+    lora_b: Weight | None = None
+    lora_scale = 1.0
+
     def __init__(self, experts: int, out: int, inputs: int, axes: tuple[str, str], storage: Storage):
         self.scale: Packed | None
+        self.sizes = (experts, out, inputs)
+        self.axes = axes
         axes3 = ("experts", *axes)
         if storage.experts == "fp4":
             self.weight: Packed | Weight = variable(Packed, (experts, out, inputs // 2), jnp.uint8, axes3, "expert")
@@ -87,6 +119,19 @@ class ExpertLinear(nnx.Module):
     def stored(self) -> tuple[jax.Array, jax.Array | None]:
         """(weight, scale) as stored."""
         return self.weight[...], None if self.scale is None else self.scale[...]
+
+    def adapter(self) -> tuple[jax.Array, jax.Array] | None:
+        """(a [E, rank, in], b [E, out, rank] times the adapter's factor), or None."""
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        return self.lora_a[...], self.lora_scale * self.lora_b[...]
+
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """A low-rank addition for every expert."""
+        (experts, out, inputs), (out_axis, in_axis) = self.sizes, self.axes
+        self.lora_a = variable(Weight, (experts, rank, inputs), jnp.float32, ("experts", None, in_axis), "adapter")
+        self.lora_b = variable(Weight, (experts, out, rank), jnp.float32, ("experts", out_axis, None), "adapter")
+        self.lora_scale = scale
 
 
 class Experts(nnx.Module):
@@ -107,10 +152,12 @@ class Experts(nnx.Module):
         The arrays of w1, w2 and w3 may be those of a whole scan group, [n, E, ...], of which ``layer`` is used.
         """
         simulate = "activations" in execution.simulate
-        stored = [w.stored() for w in (self.w1, self.w2, self.w3)]
+        linears = (self.w1, self.w2, self.w3)
+        stored = [w.stored() for w in linears]
+        adapters = tuple(w.adapter() for w in linears)
         stacked = stored[0][0].ndim == 4
 
-        def run(x, ids, weights, layer, w1, w2, w3):
+        def run(x, ids, weights, layer, w1, w2, w3, *adapters):
             return expert_mlp(
                 x,
                 ids,
@@ -121,6 +168,7 @@ class Experts(nnx.Module):
                 limit=self.limit,
                 simulate_activations=simulate,
                 layer=layer if stacked else None,
+                adapters=adapters if any(adapters) else None,
                 implementation=execution.implementation,
             )
 
@@ -128,10 +176,11 @@ class Experts(nnx.Module):
             x = simulate_fp8(x, ACTIVATION_BLOCK)
         placement = execution.placement
         if placement is None:
-            return run(x, ids, weights, layer, *stored)
+            return run(x, ids, weights, layer, *stored, *adapters)
         leading = (None, "experts") if stacked else ("experts",)
-        axes = [(*leading, *names) for names in (_IN_TO_WIDTH, _WIDTH_TO_OUT, _IN_TO_WIDTH)]
-        return placement.run_experts(run, x, ids, weights, jnp.asarray(layer), stored, axes)
+        axes = [2 * ((*leading, *w.axes),) for w in linears]
+        axes += [(("experts", None, w.axes[1]), ("experts", w.axes[0], None)) for w in linears]
+        return placement.run_experts(run, x, ids, weights, jnp.asarray(layer), (*stored, *adapters), axes)
 
 
 class SharedExpert(nnx.Module):
@@ -158,10 +207,30 @@ class MoE(nnx.Module):
         self.experts = Experts(config, storage)
         self.shared_experts = SharedExpert(config, storage)
 
-    def __call__(self, x: jax.Array, token_ids: jax.Array, layer: jax.Array | int, execution: Execution) -> jax.Array:
-        """x [B, S, d], token_ids [B, S] to [B, S, d]; summed over experts in float32; ``layer`` as in ``Experts``."""
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: Tokens,
+        layer: jax.Array | int,
+        execution: Execution,
+        chosen: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x [B, S, d] to the same shape, summed over experts in float32, and what training asked for.
+
+        ``layer`` as in ``Experts``; ``chosen`` [B, S, K] replaces the router's choice. Observed are ``experts`` int32
+        [B, S, K], the choice made, ``load`` [E] and, where scores route, ``balance_loss`` (see ``load_and_balance``).
+        """
         rows = x.reshape(-1, x.shape[-1])
-        ids, weights = self.gate(rows, token_ids.reshape(-1), execution)
+        flat = None if chosen is None else chosen.reshape(rows.shape[0], -1)
+        ids, weights, log_scores = self.gate(rows, tokens.ids.reshape(-1), execution, flat)
+        observed = {}
+        if tokens.training is not None:
+            per_row = (*x.shape[:2], -1)
+            choice = ids.reshape(per_row)
+            load, balance = load_and_balance(choice, log_scores.reshape(per_row), tokens.training.real)
+            observed = {"experts": choice, "load": load}
+            if self.gate.bias is not None:
+                observed["balance_loss"] = balance
         routed = self.experts(rows, ids, weights, layer, execution).reshape(x.shape)
         shared = self.shared_experts(x, execution).astype(jnp.float32)
-        return execution.constrain((routed + shared).astype(x.dtype), ("batch", None, None))
+        return execution.constrain((routed + shared).astype(x.dtype), ("batch", None, None)), observed

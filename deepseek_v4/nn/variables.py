@@ -50,6 +50,21 @@ class Storage:
             if value not in legal:
                 raise ValueError(f"storage.{name}: expected one of {list(legal)}, found {value!r}")
 
+    @property
+    def packed(self) -> bool:
+        """Whether some weights are stored as codes with scales."""
+        return self.linears == "fp8" or self.experts in ("fp4", "fp8")
+
+    def format_of(self, role: str) -> str | None:
+        """The format of weights of a role (see ``variable``); None for those that are float32 in every checkpoint."""
+        return {
+            "linear": self.linears,
+            "expert": self.experts,
+            "matrix": self.matrices,
+            "embedding": self.matrices,
+            "norm": self.norms,
+        }.get(role)
+
 
 RELEASED = Storage()
 """Flash and Pro: FP4 experts, FP8 linears, E8M0 scales, BF16 for the rest."""
@@ -76,8 +91,9 @@ def variable(
 
     Roles say what a tensor is, for initialisation, optimiser and storage: ``linear``, ``expert``, ``scale``,
     ``matrix``, ``embedding``, ``norm``, ``hyper`` (mHC projections), ``island`` (other float32 parameters),
-    ``router_bias``, ``token_table``. ``matrices`` are the output rows of each logically independent matrix, where
-    several are fused into one tensor (() for a single one): what an optimiser that works on matrices must keep apart.
+    ``adapter`` (factors of a low-rank addition to a linear), ``router_bias``, ``token_table``. ``matrices`` are the
+    output rows of each logically independent matrix, where several are fused into one tensor (() for a single one):
+    what an optimiser that works on matrices must keep apart.
     """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axes {axes} for shape {shape}")

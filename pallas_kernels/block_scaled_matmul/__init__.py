@@ -31,8 +31,14 @@ def _with_gradient(forward):
     return call
 
 
+def _xla(x, weight, scale, *, groups, layer):
+    # Plain differentiation would keep every packed weight decoded until the backward pass.
+    function = xla.block_scaled_matmul if scale is None else _with_gradient(xla.block_scaled_matmul)
+    return function(x, weight, scale, groups=groups, layer=layer)
+
+
 _IMPLEMENTATIONS = {
-    "xla": xla.block_scaled_matmul,
+    "xla": _xla,
     "tpu": _with_gradient(tpu.block_scaled_matmul),
     "tpu_interpret": _with_gradient(functools.partial(tpu.block_scaled_matmul, interpret=True)),
 }

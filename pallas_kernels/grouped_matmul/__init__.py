@@ -6,10 +6,11 @@ import jax
 
 from pallas_kernels.grouped_matmul import tpu, xla
 from pallas_kernels.grouped_matmul.gradient import with_gradient
+from pallas_kernels.grouped_matmul.xla import Adapter
 from pallas_kernels.implementation import choose
 
 _IMPLEMENTATIONS = {
-    "xla": xla.expert_mlp,
+    "xla": with_gradient(xla.expert_mlp, xla.expert_mlp_saving),
     "tpu": with_gradient(tpu.expert_mlp),
     "tpu_interpret": with_gradient(functools.partial(tpu.expert_mlp, interpret=True)),
 }
@@ -26,6 +27,7 @@ def expert_mlp(
     limit: float,
     simulate_activations: bool = False,
     layer: jax.Array | int | None = None,
+    adapters: tuple[Adapter | None, Adapter | None, Adapter | None] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The weighted sum of every token's experts: sum_k W2 (r_k * silu(min(W1 x, limit)) * clip(W3 x, +-limit)).
@@ -37,8 +39,12 @@ def expert_mlp(
     the input of W2 to E4M3 per 128 channels. Products are accumulated in float32, the activation is computed in
     float32, cast to the dtype of x before W2, and the experts of a token are summed in float32 in the order of K.
     Returns [N, D] float32. Source: paper 2.1, 4.2.3.
+
+    With ``layer`` the weights are stacked, with a leading dim of which that index is used. ``adapters`` (a [E, r, in],
+    b [E, out, r]) of w1, w2 and w3, of one layer, add b (a input) to their products; kernels do not serve them.
+    Gradients reach x, routing weights, adapters and plain weights (see ``gradient``).
     """
-    reason = functools.partial(tpu.unserved, x=x, w1=w1, w2=w2)
+    reason = functools.partial(tpu.unserved, x=x, w1=w1, w2=w2, adapted=adapters is not None)
     unserved = {"tpu": reason, "tpu_interpret": reason}
     function = choose("expert_mlp", _IMPLEMENTATIONS, implementation, unserved)
     return function(
@@ -51,4 +57,5 @@ def expert_mlp(
         limit=limit,
         simulate_activations=simulate_activations,
         layer=layer,
+        **({} if adapters is None else {"adapters": adapters}),
     )

@@ -25,6 +25,12 @@ class Blocks:
     assignment: jax.Array
     routing: jax.Array
 
+    def table(self, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Whether each row of each block is in use, and its assignment (any, where it is not): [B, rows]."""
+        position = jnp.arange(rows, dtype=jnp.int32)
+        used = position < self.size[:, None]
+        return used, self.assignment[jnp.where(used, self.first[:, None] + position, 0)]
+
 
 def merge_repeats(expert_ids: jax.Array, expert_weights: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     """Every expert at most once per token: repeats and ids outside 0..experts-1 become ``experts``.
@@ -46,9 +52,9 @@ def most_blocks(assignments: int, experts: int, rows: int) -> int:
 
 
 def sort_into_blocks(expert_ids: jax.Array, expert_weights: jax.Array, *, experts: int, rows: int) -> Blocks:
-    """Blocks of at most ``rows`` rows for expert ids [N, K], in which no token repeats an expert, and their weights.
+    """Blocks of at most ``rows`` rows for expert ids [N, K] and their weights; ids of ``experts`` go nowhere.
 
-    The order within an expert is that of the tokens. Counts and look-ups are comparisons summed over: a few fused
+    The order within an expert is that of the assignments. Counts and look-ups are comparisons summed over: a few fused
     passes, where searches and gathers are many launches.
     """
     assignment = jnp.arange(expert_ids.size, dtype=jnp.int32)

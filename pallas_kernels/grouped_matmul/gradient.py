@@ -1,7 +1,10 @@
-"""Gradients of ``expert_mlp``, one block of one expert at a time, weights decoded again where they are needed.
+"""Gradients of ``expert_mlp``, one block of one expert at a time.
 
-Packed weights are constants: gradients reach rows and routing weights through them, and plain weights. The rounding of
-``simulate_activations`` counts as the identity. Written in XLA: memory beyond the gradients is one block's.
+Packed weights are constants: gradients reach rows and routing weights through them, adapters, and plain weights. The
+rounding of ``simulate_activations`` counts as the identity. Weights are decoded again where they are needed, one expert
+at a time; the gradient of an expert's matrix is added in place. The projections before the activation are residuals if
+the forward pass saves them, else computed again. A remat policy that keeps ``expert_gate``, ``expert_up`` and
+``expert_out`` runs no product of the forward pass twice; without the last, which the next operation may need, it does.
 """
 
 from collections.abc import Callable
@@ -9,106 +12,148 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_v4.execution import dot_precision
-from deepseek_v4.formats import dequantize
+from deepseek_v4.formats import ACTIVATION_BLOCK, simulate_fp8
 from deepseek_v4.nn.swiglu import clamped_swiglu
-from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
-
-_ROWS = 128
+from pallas_kernels.grouped_matmul.xla import cut, expert_linears, linear, product, sum_of_choices
 
 
-def with_gradient(forward: Callable) -> Callable:
-    """``forward(x, expert_ids, expert_weights, w1, w2, w3, **static)``, made differentiable as the module says."""
+def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable:
+    """``forward(x, expert_ids, expert_weights, w1, w2, w3, **static)``, made differentiable as the module says.
 
-    def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, **static):
+    ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for.
+    """
+
+    def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, **static):
         plain = w1[1] is None
         matrices = (w1[0], w2[0], w3[0]) if plain else ()
         stored = () if plain else (w1, w2, w3)
 
-        def unpack(matrices, stored):
-            return tuple((m, None) for m in matrices) if plain else stored
+        def arguments(x, routing, matrices, adapters, ids, stored, layer):
+            weights = tuple((m, None) for m in matrices) if plain else stored
+            adapted = {} if adapters is None else {"adapters": adapters}
+            return (x, ids, routing, *weights), {"layer": layer, **adapted, **static}
 
         @jax.custom_vjp
-        def run(x, routing, matrices, ids, stored, layer):
-            return forward(x, ids, routing, *unpack(matrices, stored), layer=layer, **static)
+        def run(*inputs):
+            positional, keywords = arguments(*inputs)
+            return forward(*positional, **keywords)
 
-        def run_forward(x, routing, matrices, ids, stored, layer):
-            return run(x, routing, matrices, ids, stored, layer), (x, routing, matrices, ids, stored, layer)
+        def run_forward(*inputs):
+            if saving is None:
+                return run(*inputs), (inputs, None)
+            positional, keywords = arguments(*inputs)
+            out, (gate, up) = saving(*positional, **keywords)
+            return checkpoint_name(out, "expert_out"), (
+                inputs,
+                (checkpoint_name(gate, "expert_gate"), checkpoint_name(up, "expert_up")),
+            )
 
-        def run_backward(saved, gradient):
-            x, routing, matrices, ids, stored, layer = saved
-            weights = unpack(matrices, stored)
-            dx, drouting, dmatrices = _gradients(gradient, x, ids, routing, weights, layer, static["limit"], plain)
-            return dx, drouting, dmatrices, None, None, None
+        def run_backward(residuals, gradient):
+            inputs, saved = residuals
+            positional, keywords = arguments(*inputs)
+            dx, drouting, dmatrices, dadapters = _gradients(gradient, saved, *positional, **keywords)
+            return dx, drouting, dmatrices if plain else (), dadapters, None, None, None
 
         run.defvjp(run_forward, run_backward)
-        return run(x, expert_weights, matrices, expert_ids, stored, layer)
+        return run(x, expert_weights, matrices, adapters, expert_ids, stored, layer)
 
     return call
 
 
-def _gradients(gradient, x, expert_ids, expert_weights, weights, layer, limit, plain):
-    if layer is not None:
-        shapes = [w.shape for w, _ in weights]
-        weights = [
-            tuple(None if a is None else lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in w) for w in weights
-        ]
-    experts, tokens = weights[0][0].shape[0], x.shape[0]
-    choices = expert_ids.shape[1]
-    merged, unmerge, ids = jax.vjp(
-        lambda routing: merge_repeats(expert_ids, routing, experts)[::-1],
-        expert_weights.astype(jnp.float32),
-        has_aux=True,
-    )
-    blocks = sort_into_blocks(ids, merged, experts=experts, rows=_ROWS)
-    precision = dot_precision(x.dtype)
+def _gradients(
+    gradient,
+    saved,
+    x,
+    expert_ids,
+    expert_weights,
+    *weights,
+    limit,
+    simulate_activations,
+    layer,
+    adapters=None,
+):
+    linears, experts = expert_linears(weights, layer, adapters)
+    blocks, rows = cut(expert_ids, expert_weights, experts)
+    used, assignment = blocks.table(rows)
+    routing = jnp.where(used, expert_weights.astype(jnp.float32).reshape(-1)[assignment], 0.0)
+    tokens, choices = expert_ids.shape
+    dtype = x.dtype
+    plain = weights[0][1] is None
 
-    def product(a, b):
-        return jnp.einsum("nk,mk->nm", a, b, precision=precision, preferred_element_type=jnp.float32)
+    def block(index, carry):
+        drows, drouting, totals = carry
+        expert = blocks.expert[index]
+        token = assignment[index] // choices
+        inputs = x[token]
+        gate_weights, down_weights, up_weights = (w.of(expert, dtype) for w in linears)
+        if saved is None:
+            gate, up = (linear(inputs, w) for w in (gate_weights, up_weights))
+        else:
+            gate, up = saved[0][index], saved[1][index]
+        active, pull = jax.vjp(lambda gate, up: clamped_swiglu(gate, up, limit), gate, up)
+        hidden = (active * routing[index][:, None]).astype(dtype)
+        if simulate_activations:
+            hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
+        dout = jnp.where(used[index][:, None], gradient[token], 0.0).astype(dtype)
+        dhidden, of_down = _linear_gradients(dout, hidden, down_weights, plain)
+        dgate, dup = (d.astype(dtype) for d in pull(dhidden * routing[index][:, None]))
+        from_gate, of_gate = _linear_gradients(dgate, inputs, gate_weights, plain)
+        from_up, of_up = _linear_gradients(dup, inputs, up_weights, plain)
+        drows = lax.dynamic_update_index_in_dim(drows, from_gate + from_up, index, 0)
+        drouting = lax.dynamic_update_index_in_dim(drouting, jnp.sum(dhidden * active, axis=-1), index, 0)
+        totals = jax.tree.map(
+            lambda total, d: lax.dynamic_update_index_in_dim(total, total[expert] + d, expert, 0),
+            totals,
+            (of_gate, of_down, of_up),
+        )
+        return drows, drouting, totals
 
-    def mlp(rows, routing, m1, m2, m3):
-        hidden = clamped_swiglu(product(rows, m1), product(rows, m3), limit) * routing[:, None]
-        return product(hidden.astype(x.dtype), m2)
-
-    def block(carry, index):
-        def compute(carry):
-            dx, drouting, dmatrices = carry
-            expert = blocks.expert[index]
-            position = jnp.arange(_ROWS)
-            used = position < blocks.size[index]
-            at = jnp.where(used, blocks.first[index] + position, 0)
-            assignment = blocks.assignment[at]
-            token = assignment // choices
-            matrices = [
-                dequantize(
-                    *(None if a is None else lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in w), x.dtype
-                )
-                for w in weights
-            ]
-            _, pull = jax.vjp(mlp, x[token], blocks.routing[at], *matrices)
-            drows, drow_routing, *dm = pull(jnp.where(used[:, None], gradient[token], 0.0))
-            dx = dx.at[jnp.where(used, token, tokens)].add(drows.astype(jnp.float32), mode="drop")
-            drouting = drouting.at[jnp.where(used, assignment, drouting.size)].set(drow_routing, mode="drop")
-            if plain:
-                dmatrices = [
-                    total.at[expert].add(d.astype(jnp.float32)) for total, d in zip(dmatrices, dm, strict=True)
-                ]
-            return dx, drouting, dmatrices
-
-        return lax.cond(index < blocks.used, compute, lambda carry: carry, carry), None
-
+    shapes = [
+        (w.weight.shape[-2:] if plain else None, w.adapter and tuple(a.shape[1:] for a in w.adapter)) for w in linears
+    ]
     start = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(tokens * choices, jnp.float32),
-        [jnp.zeros(w.shape, jnp.float32) for w, _ in weights] if plain else [],
+        jnp.zeros((*used.shape, x.shape[-1]), jnp.float32),
+        jnp.zeros(used.shape, jnp.float32),
+        tuple(
+            (
+                jnp.zeros((experts, *matrix), jnp.float32) if plain else None,
+                adapter and tuple(jnp.zeros((experts, *shape), jnp.float32) for shape in adapter),
+            )
+            for matrix, adapter in shapes
+        ),
     )
-    (dx, drouting, dmatrices), _ = lax.scan(block, start, jnp.arange(blocks.expert.size))
-    drouting = unmerge(drouting.reshape(tokens, choices))[0]
-    dmatrices = [d.astype(w.dtype) for d, (w, _) in zip(dmatrices, weights, strict=True)] if plain else []
-    if plain and layer is not None:
-        dmatrices = [
-            lax.dynamic_update_index_in_dim(jnp.zeros(shape, d.dtype), d, layer, 0)
-            for shape, d in zip(shapes, dmatrices, strict=True)
-        ]
-    return dx.astype(x.dtype), drouting.astype(expert_weights.dtype), tuple(dmatrices)
+    drows, drouting, totals = lax.fori_loop(0, blocks.used, block, start)
+    dx = sum_of_choices(drows, used, assignment, tokens, choices)
+    drouting = jnp.zeros(tokens * choices).at[jnp.where(used, assignment, tokens * choices)].set(drouting, mode="drop")
+    dmatrices = tuple(_as(d, w, layer) for (d, _), (w, _) in zip(totals, weights, strict=True)) if plain else ()
+    dadapters = None if adapters is None else tuple(d for _, d in totals)
+    return (
+        dx.astype(dtype),
+        drouting.reshape(tokens, choices).astype(expert_weights.dtype),
+        dmatrices,
+        jax.tree.map(lambda d, a: d.astype(a.dtype), dadapters, adapters),
+    )
+
+
+def _linear_gradients(dout, rows, weights, plain):
+    """Cotangents of ``xla.linear``: of rows (float32), and of the matrix (None if packed) and of the adapter."""
+    matrix, adapter = weights
+    drows = product("nm,mk->nk", dout, matrix)
+    dmatrix = product("nm,nk->mk", dout, rows) if plain else None
+    if adapter is None:
+        return drows, (dmatrix, None)
+    a, b = adapter
+    low = product("nk,rk->nr", rows, a).astype(rows.dtype)
+    dlow = product("nm,mr->nr", dout, b).astype(rows.dtype)
+    db = product("nm,nr->mr", dout, low)
+    return drows + product("nr,rk->nk", dlow, a), (dmatrix, (product("nr,nk->rk", dlow, rows), db))
+
+
+def _as(gradient, weight, layer):
+    """An expert stack's gradient in the dtype and, of a stack of layers, the place of its weight."""
+    gradient = gradient.astype(weight.dtype)
+    if layer is None:
+        return gradient
+    return lax.dynamic_update_index_in_dim(jnp.zeros(weight.shape, weight.dtype), gradient, layer, 0)

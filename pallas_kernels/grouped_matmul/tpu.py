@@ -84,8 +84,10 @@ class Plan:
         return self.kind == "fp4"
 
 
-def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple) -> str | None:
-    """Why the kernel cannot serve a call, or None: bfloat16 rows, and dims in whole tiles."""
+def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple, *, adapted: bool = False) -> str | None:
+    """Why the kernel cannot serve a call, or None: bfloat16 rows, dims in whole tiles, and no adapters."""
+    if adapted:
+        return "the kernel has no adapters"
     if x.dtype != jnp.bfloat16:
         return f"rows are {x.dtype}; the kernel multiplies bfloat16"
     weight, scale = w1

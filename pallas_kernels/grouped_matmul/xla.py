@@ -1,76 +1,139 @@
 """The readable twin of ``expert_mlp``: assignments sorted by expert, in blocks that never mix experts."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import ACTIVATION_BLOCK, dequantize, simulate_fp8
 from deepseek_v4.nn.swiglu import clamped_swiglu
+from pallas_kernels.grouped_matmul.blocks import Blocks, sort_into_blocks
+
+_MOST_ROWS = 512
+
+Adapter = tuple[jax.Array, jax.Array]
 
 
-def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_activations, layer=None):
-    """See ``pallas_kernels.grouped_matmul.expert_mlp``."""
-    tokens, choices = expert_ids.shape
-    experts = w1[0].shape[-3]
+class ExpertLinear(NamedTuple):
+    """One linear of all experts: weight and scale as stored, [L*E, ...], and its adapter (a [E, r, in], b [E, out, r]).
+
+    ``first`` is the row of the first expert of the layer in use.
+    """
+
+    weight: jax.Array
+    scale: jax.Array | None
+    adapter: Adapter | None
+    first: jax.Array | int
+
+    def of(self, expert, dtype) -> tuple[jax.Array, Adapter | None]:
+        """The matrix [out, in] of one expert and its adapter, in ``dtype``."""
+        at = self.first + expert
+        matrix = dequantize(self.weight[at], None if self.scale is None else self.scale[at], dtype)
+        if self.adapter is None:
+            return matrix, None
+        a, b = self.adapter
+        return matrix, (a[expert].astype(dtype), b[expert].astype(dtype))
+
+
+def expert_linears(weights, layer, adapters) -> tuple[list[ExpertLinear], int]:
+    """w1, w2, w3 of ``expert_mlp`` with their adapters, and the number of experts."""
+    experts = weights[0][0].shape[-3]
     # A stack of layers is one long row of experts: slicing out a layer first would copy all of its weights.
-    w1, w2, w3 = (tuple(None if a is None else a.reshape(-1, *a.shape[-2:]) for a in w) for w in (w1, w2, w3))
-    first_expert = 0 if layer is None else layer * experts
-    width = x.shape[-1]
-    assignments = tokens * choices
+    first = 0 if layer is None else layer * experts
+    linears = [
+        ExpertLinear(_in_a_row(weight), _in_a_row(scale), adapter, first)
+        for (weight, scale), adapter in zip(weights, adapters or (None, None, None), strict=True)
+    ]
+    return linears, experts
 
-    # Sort the assignments by expert; those of other shards go to a last, skipped group.
-    local = (expert_ids >= 0) & (expert_ids < experts)
-    flat = jnp.where(local, expert_ids, experts).reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=experts + 1)[:experts]
 
-    # Give every expert whole blocks of rows, so that one block reads one expert.
-    block = _block_rows(assignments, experts)
-    blocks = (assignments + min(experts, assignments) * (block - 1)) // block
-    expert_blocks = -(-sizes // block)
-    first_block = jnp.cumsum(expert_blocks) - expert_blocks
-    first_row = jnp.cumsum(sizes) - sizes
-    used_blocks = jnp.sum(expert_blocks)
-    block_expert = jnp.repeat(jnp.arange(experts), expert_blocks, total_repeat_length=blocks)
-    row_in_group = (jnp.arange(blocks) - first_block[block_expert])[:, None] * block + jnp.arange(block)
-    row_used = (row_in_group < sizes[block_expert][:, None]) & (jnp.arange(blocks) < used_blocks)[:, None]
-    assignment = order[jnp.where(row_used, first_row[block_expert][:, None] + row_in_group, 0)]
-    routing = jnp.where(row_used, expert_weights.reshape(-1)[assignment], 0.0)
+def _in_a_row(stack):
+    return None if stack is None else stack.reshape(-1, *stack.shape[-2:])
+
+
+def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, **options):
+    """See ``pallas_kernels.grouped_matmul.expert_mlp``."""
+    return expert_mlp_saving(x, expert_ids, expert_weights, w1, w2, w3, **options)[0]
+
+
+def expert_mlp_saving(
+    x,
+    expert_ids,
+    expert_weights,
+    w1,
+    w2,
+    w3,
+    *,
+    limit,
+    simulate_activations,
+    layer=None,
+    adapters=None,
+):
+    """(``expert_mlp``, (gate, up) before clamp and activation, [blocks, rows, M] in the dtype of x)."""
+    (gate_linear, down_linear, up_linear), experts = expert_linears((w1, w2, w3), layer, adapters)
+    blocks, rows = cut(expert_ids, expert_weights, experts)
+    tokens, choices = expert_ids.shape
+    width, hidden_width = x.shape[-1], w1[0].shape[-2]
 
     def run_block(_, inputs):
         index, expert, assignment, routing = inputs
 
         def compute():
-            rows = x[assignment // choices]
-            gate = _linear(rows, w1, first_expert + expert)
-            up = _linear(rows, w3, first_expert + expert)
+            inputs = x[assignment // choices]
+            gate = linear(inputs, gate_linear.of(expert, x.dtype))
+            up = linear(inputs, up_linear.of(expert, x.dtype))
             hidden = (clamped_swiglu(gate, up, limit) * routing[:, None]).astype(x.dtype)
             if simulate_activations:
                 hidden = simulate_fp8(hidden, ACTIVATION_BLOCK)
-            return _linear(hidden, w2, first_expert + expert)
+            out = linear(hidden, down_linear.of(expert, x.dtype))
+            return out, gate.astype(x.dtype), up.astype(x.dtype)
 
-        skip = jnp.zeros((block, width), jnp.float32)
-        return None, lax.cond(index < used_blocks, compute, lambda: skip)
+        def skip():
+            unused = jnp.zeros((rows, hidden_width), x.dtype)
+            return jnp.zeros((rows, width), jnp.float32), unused, unused
 
-    _, out = lax.scan(run_block, None, (jnp.arange(blocks), block_expert, assignment, routing))
+        return None, lax.cond(index < blocks.used, compute, skip)
 
-    # Bring each assignment's row back and add them in the order of the choices, whatever the order of arrival.
-    rank = jnp.zeros(assignments, jnp.int32).at[order].set(jnp.arange(assignments, dtype=jnp.int32))
-    expert = jnp.minimum(flat, experts - 1)
-    row = first_block[expert] * block + rank - first_row[expert]
-    gathered = out.reshape(-1, width)[jnp.clip(row, 0, blocks * block - 1)].reshape(tokens, choices, width)
-    return jnp.sum(jnp.where(local[..., None], gathered, 0.0), axis=1)
-
-
-def _block_rows(assignments: int, experts: int) -> int:
-    """Rows per block: about the mean group, a power of two, so that neither padding nor re-decoding dominates."""
-    mean = max(1, assignments // experts)
-    return min(128, 1 << (mean - 1).bit_length())
+    used, assignment = blocks.table(rows)
+    routing = jnp.where(used, expert_weights.astype(jnp.float32).reshape(-1)[assignment], 0.0)
+    indices = jnp.arange(blocks.expert.size)
+    _, (out, gate, up) = lax.scan(run_block, None, (indices, blocks.expert, assignment, routing))
+    return sum_of_choices(out, used, assignment, tokens, choices), (gate, up)
 
 
-def _linear(rows, weight, expert):
-    codes, scale = (None if a is None else lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in weight)
-    matrix = dequantize(codes, scale, rows.dtype)
-    return jnp.einsum(
-        "nk,mk->nm", rows, matrix, precision=dot_precision(rows.dtype), preferred_element_type=jnp.float32
-    )
+def cut(expert_ids, expert_weights, experts: int) -> tuple[Blocks, int]:
+    """The blocks that the assignments are cut into, and how many rows a block has.
+
+    About the mean group, a power of two, so that neither padding nor re-decoding dominates.
+    """
+    mean = max(1, expert_ids.size // experts)
+    rows = min(_MOST_ROWS, 1 << (mean - 1).bit_length())
+    ids = jnp.where((expert_ids >= 0) & (expert_ids < experts), expert_ids, experts)
+    return sort_into_blocks(ids, expert_weights, experts=experts, rows=rows), rows
+
+
+def sum_of_choices(values, used, assignment, tokens: int, choices: int):
+    """Rows of blocks [blocks, rows, d], brought back and added in the order of the choices: [tokens, d]."""
+    count = used.size
+    row = jnp.full(tokens * choices, count, jnp.int32)
+    row = row.at[jnp.where(used, assignment, row.size)].set(jnp.arange(count).reshape(used.shape), mode="drop")
+    gathered = values.reshape(count, -1)[jnp.minimum(row, count - 1)]
+    return jnp.sum(jnp.where((row < count)[:, None], gathered, 0.0).reshape(tokens, choices, -1), axis=1)
+
+
+def linear(rows, weights):
+    """rows [R, in] times one expert's matrix, and its adapter's product added: float32 [R, out]."""
+    matrix, adapter = weights
+    out = product("nk,mk->nm", rows, matrix)
+    if adapter is not None:
+        a, b = adapter
+        low = product("nk,rk->nr", rows, a).astype(rows.dtype)
+        out += product("nr,mr->nm", low, b)
+    return out
+
+
+def product(equation, a, b):
+    """A product of matrices of one dtype, accumulated and returned in float32."""
+    return jnp.einsum(equation, a, b, precision=dot_precision(a.dtype), preferred_element_type=jnp.float32)

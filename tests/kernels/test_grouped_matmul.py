@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_v4 import formats
 from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul import cost, expert_mlp, operation, tpu
+from pallas_kernels.grouped_matmul import xla as grouped_xla
 from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 
 IMPLEMENTATIONS = ("xla", "tpu_interpret")
@@ -201,31 +202,164 @@ def test_the_kernel_gives_a_token_the_same_bits_in_any_batch_size():
         np.testing.assert_array_equal(alone[0], out[token])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_twin(kind):
-    packed, _ = weights(kind)
-    x, routing = rows(9)
-    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=(TOKENS, HIDDEN)), jnp.float32)
-    plain = kind == "bf16"
+GRADIENT_ROUTING = [[0, 2, 3], [2, 0, 2], [-1, 9, 0], [4, 4, 4], [3, 3, 3], [2, 3, 0]]
 
-    def loss(x, routing, matrices, ids, implementation):
+
+def gradients(function, x, routing, packed, adapters=None, ids=GRADIENT_ROUTING, simulate=False, layer=None):
+    """Cotangents of (x, routing, plain matrices, adapters) for one random cotangent."""
+    plain = packed[0][1] is None
+    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
+
+    def loss(x, routing, matrices, adapters):
         w = [(m, None) for m in matrices] if plain else packed
-        out = expert_mlp(x, ids, routing, *w, limit=LIMIT, implementation=implementation)
+        given = {} if adapters is None else {"adapters": adapters}
+        out = function(
+            x, jnp.asarray(ids), routing, *w, limit=LIMIT, simulate_activations=simulate, layer=layer, **given
+        )
         return jnp.sum(out * cotangent)
 
     matrices = [w for w, _ in packed] if plain else []
-    ids = jnp.asarray([[0, 2, 3], [2, 0, 2], [-1, 9, 0], [4, 4, 4], [3, 3, 3], [2, 3, 0]], jnp.int32)
-    expected, found = (
-        jax.jit(jax.grad(functools.partial(loss, ids=ids, implementation=i), argnums=(0, 1, 2)))(x, routing, matrices)
-        for i in IMPLEMENTATIONS
-    )
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+    quick = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), compiler_options=quick)(x, routing, matrices, adapters)
+
+
+def compare(expected, found, tolerance):
+    expected, found = jax.tree.leaves(expected), jax.tree.leaves(found)
+    for a, b in zip(expected, found, strict=True):
         assert a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(a).all()
         assert a.any()
-        # Both round cotangents of bfloat16 operands to bfloat16, in different orders of summation.
-        np.testing.assert_allclose(b, a, rtol=2e-2, atol=2e-2 * np.abs(a).max())
+        np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance * np.abs(a).max())
+
+
+def some_adapters(rank=3):
+    """Adapters of the down and up projections; the gate has none."""
+    rng = np.random.default_rng(10)
+
+    def adapter(out, inputs):
+        shapes = ((EXPERTS, rank, inputs), (EXPERTS, out, rank))
+        return tuple(jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32) for shape in shapes)
+
+    return (None, adapter(HIDDEN, WIDTH), adapter(WIDTH, HIDDEN))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_are_those_of_the_twin(implementation, kind):
+    packed, _ = weights(kind)
+    x, routing = rows(9)
+    expected = gradients(grouped_xla.expert_mlp, x, routing, packed)
+    found = gradients(functools.partial(expert_mlp, implementation=implementation), x, routing, packed)
+    # Both round cotangents of bfloat16 operands to bfloat16, in different orders of summation.
+    compare(expected, found, 2e-2)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["fp4", "bf16"])
+def test_gradients_in_float32_are_exact(kind, adapted):
+    # Against plain differentiation of the twin, which shares the forward pass and nothing of the backward one: more
+    # rows than a block holds, an expert that no token visits, repeated experts, those of other shards.
+    packed, _ = weights(kind)
+    packed = tuple((w.astype(jnp.float32), None) for w, _ in packed) if kind == "bf16" else packed
+    x, routing = rows(17, tokens=700)
+    x = x.astype(jnp.float32)
+    ids = np.random.default_rng(17).choice([0, 2, 2, 3, 9, -1], (700, CHOICES))
+    ids[:600, 0] = 2
+    adapters = some_adapters() if adapted else None
+    expected = gradients(grouped_xla.expert_mlp, x, routing, packed, adapters, ids)
+    found = gradients(expert_mlp, x, routing, packed, adapters, ids)
+    # float32 sums of 700 terms in another order.
+    compare(expected, found, 1e-5)
+    for total in jax.tree.leaves(found[2:]):
+        assert not np.asarray(total)[1].any()
+        assert np.asarray(total)[2].any()
+
+
+def test_gradients_of_a_stack_reach_its_layer_alone():
+    packed, _ = weights("bf16")
+    x, routing = rows(18)
+    stacked = tuple((jnp.stack([jnp.roll(w, 1, axis=0), w]), None) for w, _ in packed)
+    expected = gradients(expert_mlp, x, routing, packed)
+    found = gradients(expert_mlp, x, routing, stacked, layer=jnp.int32(1))
+    for a, b in zip(expected[2], found[2], strict=True):
+        np.testing.assert_array_equal(b[1], a)
+        assert not b[0].any()
+
+
+def test_rounded_activations_pass_gradients_straight_through():
+    packed, _ = weights("fp4")
+    x, routing = rows(19)
+    expected = gradients(grouped_xla.expert_mlp, x, routing, packed, simulate=True)
+    compare(expected, gradients(expert_mlp, x, routing, packed, simulate=True), 2e-2)
+
+
+def equations(jaxpr):
+    """Every equation of a traced function, those of inner functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_packed_experts_are_decoded_one_at_a_time():
+    packed, _ = weights("fp4")
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), packed)
+    x, routing = rows(21)
+
+    def loss(x, routing, adapters):
+        out = expert_mlp(
+            x, jnp.zeros((TOKENS, CHOICES), int), routing, *stacked, limit=LIMIT, layer=0, adapters=adapters
+        )
+        return jnp.sum(out)
+
+    traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, routing, some_adapters())
+    shapes = [v.aval for e in equations(traced.jaxpr) for v in e.outvars if hasattr(v.aval, "shape")]
+    one = WIDTH * HIDDEN
+    decoded = [a for a in shapes if math.prod(a.shape) >= one and a.dtype != jnp.uint8]
+    assert any(a.dtype == x.dtype for a in decoded)
+    assert max(math.prod(a.shape) for a in decoded) == one
+
+
+def test_a_remat_policy_keeps_the_products_of_experts():
+    packed, _ = weights("bf16")
+    x, routing = rows(22)
+
+    def layer(x, policy=None):
+        def run(x):
+            out = expert_mlp(jnp.tanh(x), jnp.zeros((TOKENS, CHOICES), int), routing, *packed, limit=LIMIT)
+            return x + jnp.sin(out).astype(x.dtype)
+
+        return jnp.sum(run(x) if policy is None else jax.checkpoint(run, policy=policy)(x))
+
+    def products(policy):
+        traced = jax.make_jaxpr(jax.grad(functools.partial(layer, policy=policy)))(x)
+        return sum(e.primitive.name == "dot_general" for e in equations(traced.jaxpr))
+
+    keep = jax.checkpoint_policies.save_only_these_names("expert_gate", "expert_up", "expert_out")
+    assert products(keep) == products(None) == 9
+    assert products(jax.checkpoint_policies.nothing_saveable) == 12
+
+
+def test_adapters_are_an_addition_to_the_matrices():
+    packed, values = weights("fp4")
+    x, routing = rows(20)
+    adapters = some_adapters()
+    ids = jnp.asarray(ROUTINGS["mixed"])
+    out = expert_mlp(x, ids, routing, *packed, limit=LIMIT, adapters=adapters)
+    added = [
+        value if adapter is None else value + np.asarray(adapter[1], np.float64) @ np.asarray(adapter[0], np.float64)
+        for value, adapter in zip(values, adapters, strict=True)
+    ]
+    expected, magnitude = oracle(x, ids, routing, added)
+    # Besides the hidden activations, the adapters and their inner products are rounded to bfloat16.
+    np.testing.assert_array_less(np.abs(np.asarray(out) - expected), 4 * 2.0**-8 * magnitude.max())
+    without, _ = oracle(x, ids, routing, values)
+    assert np.abs(expected - without).max() > 16 * 2.0**-8 * magnitude.max()
+    with pytest.raises(ValueError, match="the kernel has no adapters"):
+        expert_mlp(x, ids, routing, *packed, limit=LIMIT, adapters=adapters, implementation="tpu_interpret")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
