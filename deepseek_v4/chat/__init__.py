@@ -1,6 +1,6 @@
 """The DeepSeek-V4 prompt format: messages to prompt text, and completion text back to a message."""
 
-from deepseek_v4.chat.encode import encode_messages
+from deepseek_v4.chat.encode import encode_messages, render_messages
 from deepseek_v4.chat.errors import (
     ChatError,
     ChatFormatError,
@@ -20,4 +20,5 @@ __all__ = [
     "UnknownRoleError",
     "encode_messages",
     "parse_message_from_completion_text",
+    "render_messages",
 ]

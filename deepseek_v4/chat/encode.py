@@ -116,6 +116,23 @@ def encode_messages(
         UnknownRoleError: a message that has to be rendered has another role. It is a NotImplementedError.
         ToolArgumentsError: tool-call arguments are JSON but not an object. It is an AttributeError.
     """
+    parts = render_messages(messages, thinking_mode, context, drop_thinking, add_default_bos_token, reasoning_effort)
+    return "".join(text for text, _ in parts)
+
+
+def render_messages(
+    messages: Sequence[Message],
+    thinking_mode: str,
+    context: Sequence[Message] | None = None,
+    drop_thinking: bool = True,
+    add_default_bos_token: bool = True,
+    reasoning_effort: str | None = None,
+) -> list[tuple[str, bool]]:
+    """The text of `encode_messages` (same arguments and errors) in parts: [(text, written by the assistant)].
+
+    The assistant's parts are what a model has to write: reasoning where it is shown, content, tool calls and
+    EOS. What precedes a turn (`<｜Assistant｜>`, then `<think>` or `</think>`) belongs to the prompt.
+    """
     thinking = is_thinking(thinking_mode)
     if reasoning_effort not in _REASONING_EFFORTS:
         raise ChatFormatError(
@@ -137,13 +154,13 @@ def encode_messages(
         turns = [turn for turn, kept in zip(turns, keep, strict=True) if kept]
     rules = _Rules(thinking, drop, _last_user(turns))
 
-    parts = [BOS] if add_default_bos_token and not context else []
+    parts = [(BOS, False)] if add_default_bos_token and not context else []
     for index in range(first, len(turns)):
         if index == 0 and thinking and reasoning_effort == "max":
-            parts.append(EFFORT_MAX_PREFIX)
-        parts.append(_render(turns, index, rules))
-        parts.append(_suffix(turns, index, rules))
-    return "".join(parts)
+            parts.append((EFFORT_MAX_PREFIX, False))
+        parts.append((_render(turns, index, rules), turns[index].role == "assistant"))
+        parts.append((_suffix(turns, index, rules), False))
+    return parts
 
 
 def _last_user(turns: Sequence[_Turn]) -> int:
