@@ -23,6 +23,12 @@ class Chip:
     ``hbm_bandwidth`` in bytes/s; ``peak`` in operations/s (a multiply-add is two) by operand type, where a type the
     matrix unit lacks is absent; ``fast_memory`` in bytes: VMEM of one TensorCore, or shared memory of one thread block;
     ``topology`` a slice of a few devices to compile for; ``cores`` TensorCores that share a device.
+
+    ``usable_bytes`` is what a program may take of the memory: on TPUs the limit at which libtpu's compiler refuses a
+    program, on GPUs 95 % (the compiler does not check). ``link_bandwidth`` is bytes/s one way of one torus link of a
+    chip (half the published bidirectional figure over its ``links``), or of a GPU's port to its NVSwitch;
+    ``network_bandwidth`` of the network between hosts per GPU. ``slices`` are the shapes that can be rented; a dim of
+    a torus wraps around from ``wraps_from`` chips on.
     """
 
     name: str
@@ -36,6 +42,12 @@ class Chip:
     source: str
     cores: int = 1
     sparse_cores: bool = False
+    usable_bytes: int = 0
+    devices_per_chip: int = 1
+    link_bandwidth: float = 0
+    network_bandwidth: float = 0
+    slices: tuple[str, ...] = ()
+    wraps_from: int = 0
 
     def peak_for(self, kind: str) -> float:
         """Operations per second on operands of ``kind``; types the chip lacks run as bfloat16, float32 as six passes.
@@ -55,6 +67,10 @@ def _peaks(**peaks: float) -> Mapping[str, float]:
 
 _TPU_DOCS = "https://cloud.google.com/tpu/docs/"
 
+_SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+_NODES = ("1", "2", "4", "8", "8x2", "8x4", "8x8", "8x16", "8x32")
+
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         chip.name: chip
@@ -69,6 +85,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 _peaks(bfloat16=197e12, int8=394e12),
                 128 * MIB,
                 _TPU_DOCS + "v5e",
+                usable_bytes=int(15.75 * GIB),
+                link_bandwidth=400e9 / 2 / 4,
+                slices=_SLICES_2D,
+                wraps_from=16,
             ),
             Chip(
                 "v5p",
@@ -82,6 +102,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 _TPU_DOCS + "v5p",
                 cores=2,
                 sparse_cores=True,
+                usable_bytes=int(95.7 * GIB),
+                link_bandwidth=1200e9 / 2 / 6,
+                slices=_SLICES_3D,
+                wraps_from=4,
             ),
             Chip(
                 "v6e",
@@ -94,6 +118,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 128 * MIB,
                 _TPU_DOCS + "v6e",
                 sparse_cores=True,
+                usable_bytes=int(31.2 * GIB),
+                link_bandwidth=800e9 / 2 / 4,
+                slices=_SLICES_2D,
+                wraps_from=16,
             ),
             Chip(
                 "v7x",
@@ -106,6 +134,11 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 64 * MIB,
                 _TPU_DOCS + "tpu7x",
                 sparse_cores=True,
+                usable_bytes=int(94.7 * GIB),
+                devices_per_chip=2,
+                link_bandwidth=1200e9 / 2 / 6,
+                slices=_SLICES_3D,
+                wraps_from=4,
             ),
             Chip(
                 "h200",
@@ -117,6 +150,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 _peaks(bfloat16=989e12, float8_e4m3fn=1979e12, float32=67e12),
                 232_448,
                 "https://www.nvidia.com/en-us/data-center/h200/ (dense)",
+                usable_bytes=141 * 10**9 * 95 // 100,
+                link_bandwidth=900e9 / 2,
+                network_bandwidth=400e9 / 8,
+                slices=_NODES,
             ),
             Chip(
                 "b200",
@@ -128,6 +165,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 _peaks(bfloat16=2250e12, float8_e4m3fn=4500e12, float4_e2m1fn=9000e12, float32=75e12),
                 232_448,
                 "https://www.nvidia.com/en-us/data-center/dgx-b200/ (one eighth, dense)",
+                usable_bytes=180 * 10**9 * 95 // 100,
+                link_bandwidth=1800e9 / 2,
+                network_bandwidth=400e9 / 8,
+                slices=_NODES,
             ),
         )
     }
@@ -157,8 +198,10 @@ def chip(name: str) -> Chip:
     return CHIPS[name]
 
 
-def abstract_devices(name: str) -> list:
-    """Devices of a small slice of a chip, to compile for: no hardware is needed or touched.
+def abstract_devices(name: str, grid: tuple[int, ...] | None = None) -> list:
+    """Devices of a slice of a chip, to compile for: no hardware is needed or touched.
+
+    ``grid`` is the shape of the slice in chips, for GPUs (per node, nodes); by default a small one.
 
     Loads the chip's compiler (libtpu, or the CUDA plugin) into this process and, for TPUs, sets the environment
     variables that let libtpu start without a TPU, where they are not set already. Use a process of its own for the
@@ -171,14 +214,14 @@ def abstract_devices(name: str) -> list:
     try:
         if target.platform == "tpu":
             _let_libtpu_start()
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=_slice_name(target, grid))
         else:
             _register_plugins()
             topology = topologies.get_topology_desc(
                 platform="cuda",
                 topology_name="gpu",
                 target_config=_cuda_target_config(target),
-                topology=target.topology,
+                topology=target.topology if grid is None else "x".join(map(str, (1, *reversed(grid)))),
             )
     except Exception as error:
         extra = "tpu" if target.platform == "tpu" else "gpu"
@@ -187,6 +230,10 @@ def abstract_devices(name: str) -> list:
             f"install this package with the extra [{extra}]"
         ) from error
     return list(topology.devices)
+
+
+def _slice_name(target: Chip, grid: tuple[int, ...] | None) -> str:
+    return target.topology if grid is None else f"{target.topology.split(':')[0]}:{'x'.join(map(str, grid))}"
 
 
 def current_chip() -> Chip | None:
