@@ -1,11 +1,14 @@
 """Where arrays live: one set of rules from logical axes to mesh axes, and the checks that a mesh fits a model."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_policies
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -13,7 +16,13 @@ from deepseek_v4.config import Config
 from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK
 from deepseek_v4.nn.variables import Storage
 
+if TYPE_CHECKING:
+    from deepseek_v4.parameters import ParameterSpec
+
 MESH_AXES = ("data", "expert", "tensor")
+
+_MATRIX_ROLES = ("linear", "expert", "scale", "matrix", "embedding", "hyper", "adapter")
+_ACTIVATION_ROLES = ("linear", "expert")
 
 
 class MeshError(ValueError):
@@ -27,6 +36,10 @@ class Rules:
     Attention splits by whole output groups (``heads`` follow ``o_groups``), because ``wo_a`` mixes the heads of one
     group; the single KV head has nothing to split, so caches follow the batch. Routed experts split by expert and
     then by their width. The vocabulary takes every model axis: embedding and head are the largest dense tensors.
+
+    ``fsdp`` are axes of the batch over which matrices are cut once more where they are stored, with their gradients and
+    what an optimizer keeps of them: routed experts by expert where that divides, other matrices along ``embed``, or
+    else along the longer dim that divides. Each layer's are gathered when it runs. Activations and caches do not know.
     """
 
     batch: tuple[str, ...] = ("data",)
@@ -38,6 +51,7 @@ class Rules:
     index_heads: tuple[str, ...] = ("tensor",)
     experts: tuple[str, ...] = ("expert",)
     expert_width: tuple[str, ...] = ("tensor",)
+    fsdp: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -58,6 +72,12 @@ class Rules:
             both = set(getattr(self, first)) & set(getattr(self, second))
             if both:
                 raise MeshError(f"rules: mesh axes {sorted(both)} are used by both {first} and {second}")
+        for field in dataclasses.fields(self):
+            both = set(getattr(self, field.name)) & set(self.fsdp)
+            if both and field.name not in ("batch", "fsdp"):
+                raise MeshError(f"rules: mesh axes {sorted(both)} are used by both {field.name} and fsdp")
+        if set(self.fsdp) - set(self.batch):
+            raise MeshError(f"rules: fsdp {self.fsdp} must be among the mesh axes of the batch, {self.batch}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +108,52 @@ class Placement:
                 for axis, size in zip(axes, shape, strict=True)
             ]
         return NamedSharding(self.mesh, self.spec(axes))
+
+    def parameter_sharding(self, spec: "ParameterSpec") -> NamedSharding:
+        """The layout in which a parameter is stored, and so its gradient and what an optimizer keeps of it.
+
+        That of ``sharding``, with matrices cut once more over ``rules.fsdp``.
+        """
+        return NamedSharding(self.mesh, self._stored_spec(spec.axes, spec.shape, spec.role in _MATRIX_ROLES))
+
+    def _stored_spec(self, axes: Sequence[str | None], shape: Sequence[int], matrix: bool = True) -> PartitionSpec:
+        whole = self.sharding(axes, shape).spec
+        names = self.mesh_axes("fsdp")
+        if not names or not matrix:
+            return whole
+        cut = [_names(entry) for entry in whole]
+        left = [size // self._count(held) for size, held in zip(shape, cut, strict=True)]
+        last = range(len(shape) - 2, len(shape))
+        preferred = [dim for name in ("experts", "embed") for dim, axis in enumerate(axes) if axis == name]
+        for dim in (*preferred, *sorted(last, key=lambda dim: left[dim], reverse=True)):
+            if left[dim] % self._count(names) == 0:
+                cut[dim] += names
+                break
+        return PartitionSpec(*(held or None for held in cut))
+
+    def _count(self, names: Sequence[str]) -> int:
+        return int(np.prod([self.mesh.shape[name] for name in names], dtype=int))
+
+    def gathered(self, specs: Any, params: Any, dtype: jax.typing.DTypeLike) -> Any:
+        """The parameters of one layer as computations want them: whole along ``rules.fsdp`` but for routed experts.
+
+        ``specs`` describe ``params``, a tree of the same structure; ``run_experts`` gathers the experts. Weights that
+        are only multiplied with activations, which are of ``dtype``, travel in that dtype if it is narrower. Gradients
+        come back cut as the parameters are, summed in their dtype.
+        """
+        if not self.mesh_axes("fsdp"):
+            return params
+
+        def gather(spec: "ParameterSpec", value: jax.Array) -> jax.Array:
+            whole, cut = self.sharding(spec.axes, spec.shape), self.parameter_sharding(spec)
+            if "experts" in spec.axes or whole == cut:
+                return value
+            if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
+                return jax.lax.with_sharding_constraint(value, whole)
+            moved = _narrower(value.dtype, dtype) if spec.role in _ACTIVATION_ROLES else value.dtype
+            return _gather(value, whole, cut, moved)
+
+        return jax.tree.map(gather, specs, params)
 
     def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         """Asks the partitioner for this layout of an activation."""
@@ -132,13 +198,16 @@ class Placement:
         x [N, d], ids and weights [N, K] are split by batch and known to every shard of an expert group; a shard sees
         the ids relative to its first expert, so those of other shards fall outside its range. ``stored`` are the
         (weight, scale) of the linears, then adapters (a, b) or None, and ``axes`` the logical axes of each of these
-        arrays. The sum over expert and width shards is float32.
+        arrays. The sum over expert and width shards is float32. What ``rules.fsdp`` has cut is gathered here, of a
+        stack the one layer, and again in the backward pass: no layer's experts are kept whole between the two.
         """
         rows = self.spec(("batch", None))
+        cut = self.mesh_axes("fsdp")
         weight_specs = tuple(
             arrays
             and tuple(
-                None if array is None else self.spec(names) for array, names in zip(arrays, described, strict=True)
+                None if array is None else self._stored_spec(names, array.shape) if cut else self.spec(names)
+                for array, names in zip(arrays, described, strict=True)
             )
             for arrays, described in zip(stored, axes, strict=True)
         )
@@ -146,9 +215,32 @@ class Placement:
         width_axes = self.mesh_axes("expert_width")
         local = stored[0][0].shape[-3] // self.size("experts")
 
+        def gathered(x, ids, weights, layer, stored):
+            def gather(array, spec, dtype):
+                if array.ndim == 4:
+                    array = jax.lax.dynamic_slice_in_dim(array, layer, 1)
+                dims = [dim for dim, entry in enumerate(spec) if set(cut) & set(_names(entry))]
+                return _gather_shard(array, cut, dims[0], dtype) if dims else array
+
+            found: list[Any] = []
+            for index, (arrays, specs) in enumerate(zip(stored, weight_specs, strict=True)):
+                # A float32 scale is no weight: it keeps its dtype.
+                packed = index < 3 and arrays[1] is not None
+                found.append(
+                    arrays
+                    and tuple(
+                        None if a is None else gather(a, spec, a.dtype if packed else _narrower(a.dtype, x.dtype))
+                        for a, spec in zip(arrays, specs, strict=True)
+                    )
+                )
+            return run(x, ids, weights, jnp.zeros_like(layer), *found)
+
+        keep = checkpoint_policies.save_only_these_names("expert_gate", "expert_up")
+        compute = jax.checkpoint(gathered, policy=keep) if cut else lambda *args: run(*args[:-1], *args[-1])
+
         def shard(x, ids, weights, layer, stored):
             first = jax.lax.axis_index(expert_axes) * local if expert_axes else 0
-            out = run(x, ids - first, weights, layer, *stored)
+            out = compute(x, ids - first, weights, layer, stored)
             return jax.lax.psum(out, expert_axes + width_axes) if expert_axes or width_axes else out
 
         return jax.shard_map(
@@ -158,6 +250,54 @@ class Placement:
             out_specs=rows,
             check_vma=False,
         )(x, ids, weights, layer, tuple(stored))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a partition spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _narrower(stored: jax.typing.DTypeLike, used: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which a weight has to travel that is stored in one dtype and multiplied in another."""
+    return min(jnp.dtype(stored), jnp.dtype(used), key=lambda dtype: dtype.itemsize)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(value: jax.Array, whole: NamedSharding, cut: NamedSharding, moved: jnp.dtype) -> jax.Array:
+    """``value`` with layout ``whole``; it travels in dtype ``moved``. Its gradient arrives with layout ``cut``."""
+    part = jax.lax.with_sharding_constraint(value.astype(moved), cut)
+    return jax.lax.with_sharding_constraint(part, whole).astype(value.dtype)
+
+
+def _gather_forward(value, whole, cut, moved):
+    return _gather(value, whole, cut, moved), None
+
+
+def _gather_backward(whole, cut, moved, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, cut),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _gather_shard(shard: jax.Array, names: tuple[str, ...], dim: int, moved: jnp.dtype) -> jax.Array:
+    """Inside ``shard_map``: the shards along mesh axes, joined, in dtype ``moved``; gradients are summed in theirs."""
+
+    @jax.custom_vjp
+    def gather(shard):
+        return jax.lax.all_gather(shard.astype(moved), names, axis=dim, tiled=True)
+
+    def backward(_, gradient):
+        gradient = gradient.astype(shard.dtype)
+        return (jax.lax.psum_scatter(gradient, names, scatter_dimension=dim, tiled=True),)
+
+    gather.defvjp(lambda shard: (gather(shard), None), backward)
+    if shard.dtype.itemsize > 1:
+        return gather(shard)
+    # Packed weights and their scales travel as bytes, which every backend can send.
+    codes = jax.lax.bitcast_convert_type(shard, jnp.uint8)
+    joined = jax.lax.all_gather(codes, names, axis=dim, tiled=True)
+    return jax.lax.bitcast_convert_type(joined, shard.dtype)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

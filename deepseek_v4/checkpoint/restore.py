@@ -148,7 +148,7 @@ class _Reader:
         self._single = SingleDeviceSharding(default)
 
     def _sharding(self, spec: ParameterSpec) -> Sharding:
-        return self._single if self._placement is None else self._placement.sharding(spec.axes, spec.shape)
+        return self._single if self._placement is None else self._placement.parameter_sharding(spec)
 
     def item(self, source: Source, item: Item, specs: Mapping[str, Any]) -> dict[str, Any]:
         """An item that is not stacked."""

@@ -42,7 +42,7 @@ def _decode(master: Model, spec: ParameterSpec, value: jax.Array, scale: jax.Arr
     if spec.kind is not Weight:
         return value
     placement = master.execution.placement
-    sharding = value.sharding if placement is None else placement.sharding(spec.axes, spec.shape)
+    sharding = value.sharding if placement is None else placement.parameter_sharding(spec)
 
     def run(value, scale):
         return value.astype(jnp.float32) if scale is None else dequantize(value, scale, jnp.float32)
@@ -58,7 +58,7 @@ def abstract(model: Model) -> Params:
 
     def leaf(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
         placement = model.execution.placement
-        sharding = single if placement is None else placement.sharding(spec.axes, spec.shape)
+        sharding = single if placement is None else placement.parameter_sharding(spec)
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
     return map_specs(leaf, model.parameter_specs())

@@ -66,8 +66,8 @@ def merge(model: Model, params: Params) -> tuple[Model, Params, list[Merged]]:
             split: tuple[bool, ...] = (False,) * (len(weight.shape) - 2)
             shardings = None
             if placement is not None:
-                split = tuple(axis is not None and placement.size(axis) > 1 for axis in weight.axes[:-2])
-                stored = tuple(None if s is None else placement.sharding(s.axes, s.shape) for s in (weight, scale))
+                split = tuple(entry is not None for entry in placement.parameter_sharding(weight).spec[:-2])
+                stored = tuple(None if s is None else placement.parameter_sharding(s) for s in (weight, scale))
                 shardings = (stored, placement.replicated())
             function = _merger(model.storage, weight.role, lora.scale, split, shardings)
             (found[*beside, "weight"], new_scale), sums = function(*_arrays(flat, beside))

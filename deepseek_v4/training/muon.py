@@ -82,7 +82,7 @@ def orthogonalise(
 
         if placement is None or not described:
             return list(local(*leaves))
-        parts = tuple(placement.sharding(spec.axes, spec.shape).spec for spec in described)
+        parts = tuple(placement.parameter_sharding(spec).spec for spec in described)
         return list(
             jax.shard_map(local, mesh=placement.mesh, in_specs=parts, out_specs=parts, check_vma=False)(*leaves)
         )
@@ -120,7 +120,7 @@ class _Layout:
         matrices = spec.matrices or (spec.shape[-2],)
         if placement is None:
             return cls(local=matrices, whole=())
-        sharding = placement.sharding(spec.axes, spec.shape).spec
+        sharding = placement.parameter_sharding(spec).spec
         sizes = dict(placement.mesh.shape)
         names = [(axes,) if isinstance(axes, str) else axes or () for axes in sharding]
         named = [tuple((name, sizes.pop(name)) for name in axes) for axes in names]

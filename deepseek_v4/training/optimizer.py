@@ -129,6 +129,6 @@ def state_shardings(optimizer: optax.GradientTransformation, specs: Any, placeme
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
         # Optax keeps moments in trees of the structure of the parameters: a parameter's path ends that of its moment.
         spec = next((described[path[i:]] for i in range(len(path)) if path[i:] in described), None)
-        return placement.replicated() if spec is None else placement.sharding(spec.axes, spec.shape)
+        return placement.replicated() if spec is None else placement.parameter_sharding(spec)
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))

@@ -57,7 +57,7 @@ def _store(placement, value: jax.Array, storage: Storage, spec: ParameterSpec, s
     shardings = (
         None
         if placement is None
-        else tuple(None if s is None else placement.sharding(s.axes, s.shape) for s in (spec, scale))
+        else tuple(None if s is None else placement.parameter_sharding(s) for s in (spec, scale))
     )
     return _quantiser(stored, storage.scales, shardings)(value)
 

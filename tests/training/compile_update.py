@@ -61,7 +61,7 @@ def main(config: str, target: str, topology: str, mesh_text: str, dtype: str) ->
     def abstract(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    params = map_specs(lambda spec: abstract(spec, placement.sharding(spec.axes, spec.shape)), specs)
+    params = map_specs(lambda spec: abstract(spec, placement.parameter_sharding(spec)), specs)
     shardings = state_shardings(optimizer, specs, placement)
     state = jax.tree.map(abstract, jax.eval_shape(optimizer.init, params), shardings)
 

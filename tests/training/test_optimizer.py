@@ -48,6 +48,7 @@ SPECS = {
     "output": describe("linear", (5, 16, 32), (None, "embed", "o_groups")),
     "up": describe("expert", (3, 8, 16, 24), (None, "experts", "expert_width", "embed")),
     "down": describe("expert", (3, 8, 24, 16), (None, "experts", "embed", "expert_width")),
+    "few": describe("expert", (3, 2, 16, 24), (None, "experts", "expert_width", "embed")),
     "router": describe("matrix", (5, 8, 24), (None, None, "embed")),
     "single": describe("matrix", (40, 16), (None, "embed")),
     "mixes": describe("hyper", (3, 24, 64), (None, None, None), (4, 4, 16)),
@@ -58,12 +59,14 @@ SPECS = {
     "sink": describe("island", (3, 8), (None, "heads")),
     "adapter": describe("adapter", (3, 16, 4), (None, "embed", None)),
 }
-FSDP = Rules(embed=("data",), q_lora=("data",))
+BOTH = Rules(embed=("data",), q_lora=("data",))
+FSDP = Rules(fsdp=("data",))
 LAYOUTS = {
     "one device": None,
     "all axes": ("data=2,expert=2,tensor=2", Rules()),
     "shards cut matrices": ("tensor=8", Rules()),
-    "both dims sharded": ("data=2,tensor=4", FSDP),
+    "both dims sharded": ("data=2,tensor=4", BOTH),
+    "cut once more": ("data=4,expert=2", FSDP),
 }
 
 
@@ -79,7 +82,7 @@ def random(seed, specs=None, placement=None, scale=1.0):
 
     def leaf(spec):
         value = (scale * rng.standard_normal(spec.shape)).astype(np.float32)
-        return jax.device_put(value, None if placement is None else placement.sharding(spec.axes, spec.shape))
+        return jax.device_put(value, None if placement is None else placement.parameter_sharding(spec))
 
     return map_specs(leaf, SPECS if specs is None else specs)
 
@@ -172,7 +175,7 @@ def test_steps_are_the_closed_form_on_every_layout(layout):
 def test_no_device_holds_more_than_its_share(monkeypatch):
     """Small pieces are made whole, one after the other: no array of the program exceeds the largest shard twice."""
     monkeypatch.setattr(muon, "STACK_BYTES", 1)
-    placement = place(("data=2,tensor=4", FSDP))
+    placement = place(("data=2,tensor=4", BOTH))
     specs = {name: SPECS[name] for name in ("queries", "output", "up", "down")}
     transform = orthogonalise(specs, placement)
     updates = random(1, specs, placement)
@@ -350,8 +353,9 @@ def test_every_parameter_is_in_one_partition(name):
     groups, experts = config.o_groups, config.n_routed_experts
     # Routed and shared experts, router, wq_a and wkv and wo_b, wq_b and wo_a by group, two mHC projections of three.
     each = 3 * experts + 3 + 1 + 3 + 2 * groups + 6
-    # wkv and wgate, with two lanes in CSA, whose indexer has two more projections and a compressor of its own.
-    extra = {0: 0, 4: 4 + 2 + 4, 128: 2}
+    # wkv and wgate, with two lanes in CSA, whose indexer has queries in as many groups of heads, the weights of heads,
+    # and a compressor of its own.
+    extra = {0: 0, 4: 4 + groups + 1 + 4, 128: 2}
     drafts = len(model.drafts)
     expected = sum(each + extra[ratio] for ratio in config.layer_ratios) + 1 + drafts * (each + 2 + 1)
     assert matrices == expected
@@ -363,7 +367,7 @@ def test_frozen_parameters_are_absent_from_the_state():
     optimizer = make_optimizer(CONFIG, specs)
     state = optimizer.init(params)
     # One moment for Muon, two for AdamW, and the counts of Adam and of the schedule.
-    assert len(jax.tree.leaves(state)) == 7 + 2 * 3 + 2
+    assert len(jax.tree.leaves(state)) == 8 + 2 * 3 + 2
     updates, _ = optimizer.update(params, state, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     # Adapters alone leave Muon nothing to do.
@@ -383,7 +387,7 @@ def test_state_is_laid_out_as_the_parameters_of_a_model():
     specs = trainable(model)
     optimizer = make_optimizer(CONFIG, specs, placement)
     shardings = state_shardings(optimizer, specs, placement)
-    params = map_specs(lambda spec: placement.sharding(spec.axes, spec.shape), specs)
+    params = map_specs(lambda spec: placement.parameter_sharding(spec), specs)
     traced = jax.tree.leaves(optax.tree.get(shardings, "trace"))
     matrices = jax.tree.map(
         lambda label, sharding: sharding if label == "muon" else None, partition_labels(specs), params
