@@ -27,34 +27,40 @@ from jax.experimental import multihost_utils
 
 from deepseek_v4.adapters import LoRA
 from deepseek_v4.checkpoint import Checkpoint, CheckpointError
+from deepseek_v4.checkpoint.layout import Item
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
+from deepseek_v4.checkpoint.restore import model_items
 from deepseek_v4.checkpoint.safetensors import SafetensorsFile, write_safetensors
+from deepseek_v4.config import Config
 from deepseek_v4.model import Model, Params
-from deepseek_v4.nn.variables import Buffer
-from deepseek_v4.parameters import ParameterSpec, flatten, map_members, nest
+from deepseek_v4.nn.variables import Storage
+from deepseek_v4.parameters import ParameterSpec, Path, flatten, map_members, nest
 from deepseek_v4.sharding import Placement
 from deepseek_v4.training.partition import parameter_names
 
 Adapters = dict[str, Any]
-"""The adapter leaves of ``Params``, in its structure."""
+"""What of ``Params`` is not in the base checkpoint, in its structure: adapters, and the balance biases of routers.
+
+These biases are no weights, but they move while adapters are trained, and the experts chosen depend on them. Without
+them in it, a tree of adapters leaves those of the base as they are.
+"""
 
 _LEAVES = ("lora_a", "lora_b")
+_BIAS = ("ffn", "gate", "bias")
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def split_adapters(params: Params) -> tuple[Params, Adapters]:
-    """(base, adapters): the parameters of the model without adapters, and the rest."""
+    """(base, adapters): the parameters of the model without adapters, and these. Balance biases are in both."""
 
-    def keep(adapters: bool) -> Params:
-        return map_members(
-            lambda member: nest({p: a for p, a in flatten(member).items() if (p[-1] in _LEAVES) == adapters}), params
-        )
+    def keep(wanted: Callable[[Path], bool]) -> Params:
+        return map_members(lambda member: nest({p: a for p, a in flatten(member).items() if wanted(p)}), params)
 
-    return keep(False), keep(True)
+    return keep(lambda path: path[-1] not in _LEAVES), keep(lambda path: path[-1] in _LEAVES or path == _BIAS)
 
 
 def attach(base: Params, adapters: Adapters) -> Params:
-    """The inverse of ``split_adapters``."""
+    """The inverse of ``split_adapters``: what is in both is taken from ``adapters``."""
     return map_members(
         lambda member, added: nest(dict(sorted((flatten(member) | flatten(added)).items()))), base, adapters
     )
@@ -73,10 +79,13 @@ def load_base(checkpoint: Checkpoint, model: Model) -> Params:
 def init_adapters(model: Model, seed: int) -> Adapters:
     """New adapters: a is normal with variance 1 / in, b is zero, so that at first nothing changes.
 
-    A leaf depends on ``seed`` and its name alone, not on the mesh.
+    A leaf depends on ``seed`` and its name alone, not on the mesh. Balance biases are not among them.
     """
-    specs = split_adapters(model.parameter_specs())[1]
-    names = split_adapters(parameter_names(model.parameter_specs()))[1]
+
+    def adapters_of(tree: Params) -> Params:
+        return map_members(lambda m: nest({p: a for p, a in flatten(m).items() if p[-1] in _LEAVES}), tree)
+
+    specs, names = adapters_of(model.parameter_specs()), adapters_of(parameter_names(model.parameter_specs()))
     placement = model.execution.placement
 
     def make(spec: ParameterSpec, leaf: Sequence[str]) -> jax.Array:
@@ -103,28 +112,53 @@ def _initial(spec: ParameterSpec, drawn: bool, placement: Placement | None) -> C
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(model: Model, params: Params) -> str:
-    """A digest of the weights that adapters were trained beside, the same on every mesh.
+Fingerprint = dict[str, str]
+"""Digests of the weights that adapters were trained beside: by item (shell, layers, draft blocks), and "model" of
+config and storage. The same on every mesh and from every directory format."""
 
-    Adapters are left out, and so are buffers: the balance biases move while adapters are trained.
-    """
+
+def fingerprint(model: Model, params: Params) -> Fingerprint:
+    """The fingerprint of the base of ``params``, which may hold adapters; balance biases do not count."""
     base = base_model(model)
-    digest = hashlib.sha256(json.dumps([base.config.to_dict(), dataclasses.asdict(base.storage)]).encode())
-    specs, names = base.parameter_specs(), parameter_names(base.parameter_specs())
+    found = {"model": model_digest(base.config, base.storage)}
+    shell, groups, drafts = model_items(base)
+    items = {"shell": [shell], "groups": groups, "drafts": [[block] for block in drafts]}
+    layers = [item for group in groups for member in group for item in member]
 
-    def add(described: Mapping[str, Any], named: Mapping[str, Any], member: Mapping[str, Any]) -> None:
-        values, leaf_names = flatten(member), flatten(named)
-        for path, spec in flatten(described).items():
-            if spec.kind is not Buffer:
-                digest.update(f"{leaf_names[path]} {int(checksum(values[path]))}\n".encode())
+    def add(items: Sequence[Item], described: Mapping[str, Any], member: Mapping[str, Any]) -> None:
+        sums = _checksums if items[0] in layers else lambda array: checksum(array)[None]
+        values = flatten(member)
+        leaves = {path: np.asarray(sums(values[path])) for path in flatten(described) if path != _BIAS}
+        for row, item in enumerate(items):
+            found[item.name] = item_digest({path: int(rows[row]) for path, rows in leaves.items()})
 
-    map_members(add, specs, names, params)
-    return digest.hexdigest()
+    map_members(add, items, base.parameter_specs(), params)
+    return found
 
 
-@jax.jit
-def checksum(array: jax.Array) -> jax.Array:
-    """A fingerprint of an array's bits, uint32 [], the same on every mesh."""
+def model_digest(config: Config, storage: Storage) -> str:
+    """The entry "model" of a fingerprint."""
+    return hashlib.sha256(json.dumps([config.to_dict(), dataclasses.asdict(storage)]).encode()).hexdigest()[:32]
+
+
+def item_digest(sums: Mapping[Path, int]) -> str:
+    """The entry of an item in a fingerprint, from the checksums of its leaves."""
+    lines = [f"{'.'.join(path)} {value}\n" for path, value in sorted(sums.items()) if path != _BIAS]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def check_fingerprint(where: object, expected: Fingerprint, found: Fingerprint) -> None:
+    """Raises ``CheckpointError``, naming ``where`` adapters are from, if entries of ``found`` are not those expected."""
+    different = [name for name, value in found.items() if expected.get(name) != value]
+    if different:
+        raise CheckpointError(
+            f"{where}: these adapters were trained beside other weights; merge them into the checkpoint they were "
+            "trained on, or load them beside it",
+            [f"{name}: not the one of that checkpoint" for name in different],
+        )
+
+
+def _bit_sum(array: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     bits = lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
     # Elements weigh differently by place, so that exchanged ones show; integer sums do not depend on their order.
@@ -135,12 +169,19 @@ def checksum(array: jax.Array) -> jax.Array:
     return jnp.sum((bits + 1) * (2 * place + 1), dtype=jnp.uint32)
 
 
+checksum = jax.jit(_bit_sum)
+"""A uint32 that depends on every bit of an array and its place, and not on its layout."""
+
+_checksums = jax.jit(jax.vmap(_bit_sum))
+
+
 def save_adapters(directory: str | FilePath, model: Model, params: Params) -> None:
     """Writes the adapters of ``params`` alone: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     A tensor is named like the released weight it stands beside: "layers.3.attn.wq_b.lora_a"; those of a layer's routed
-    experts are stacked, "layers.3.ffn.experts.w1.lora_b" [E, out, rank]. The config holds rank, alpha, patterns and the
-    ``fingerprint`` of the weights. Every process calls this; the first one writes.
+    experts are stacked, "layers.3.ffn.experts.w1.lora_b" [E, out, rank]. Routers' balance biases are there too. The
+    config holds rank, alpha, patterns and the ``fingerprint`` of the weights. Every process calls this; the first one
+    writes.
     """
     lora = lora_of(model)
     base = fingerprint(model, params)
@@ -167,18 +208,18 @@ def save_adapters(directory: str | FilePath, model: Model, params: Params) -> No
         write_atomically(directory / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def read_adapter_config(directory: str | FilePath) -> tuple[LoRA, str]:
+def read_adapter_config(directory: str | FilePath) -> tuple[LoRA, Fingerprint]:
     """What adapters in a directory are, and the fingerprint of their base; raises ``CheckpointError``."""
     path = FilePath(directory) / _CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return LoRA(config["rank"], config["alpha"], tuple(config["patterns"])), config["base_fingerprint"]
+        return LoRA(config["rank"], config["alpha"], tuple(config["patterns"])), dict(config["base_fingerprint"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not the description of adapters that save_adapters writes: {error}") from error
 
 
 def load_adapters(directory: str | FilePath, model: Model, base: Params | None = None) -> Adapters:
-    """Adapters that ``save_adapters`` wrote, laid out for ``model``.
+    """Adapters that ``save_adapters`` wrote, balance biases included, laid out for ``model``.
 
     Raises ``CheckpointError`` if ``model.adapters`` are others than those saved, if tensors are missing, unknown or of
     another shape, and, with ``base``, if they were trained beside other weights.
@@ -187,8 +228,8 @@ def load_adapters(directory: str | FilePath, model: Model, base: Params | None =
     saved, trained_beside = read_adapter_config(directory)
     if saved != lora:
         raise CheckpointError(f"{directory}: expected adapters {lora}, found {saved}")
-    if base is not None and fingerprint(model, base) != trained_beside:
-        raise CheckpointError(f"{directory}: these adapters were trained beside other weights")
+    if base is not None:
+        check_fingerprint(directory, trained_beside, fingerprint(model, base))
     specs, names = (
         split_adapters(tree)[1] for tree in (model.parameter_specs(), parameter_names(model.parameter_specs()))
     )
