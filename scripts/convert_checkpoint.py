@@ -2,6 +2,7 @@
 
     convert_checkpoint.py to-orbax SRC DST     Hugging Face directory to Orbax directory
     convert_checkpoint.py to-hf SRC DST        any checkpoint to released names and shards, byte for byte
+    convert_checkpoint.py merge BASE ADAPTERS DST    a checkpoint with trained adapters merged into its weights
     convert_checkpoint.py inspect SRC          what is in a directory, from headers alone
     convert_checkpoint.py verify A B           tensor-by-tensor equality, across formats
 
@@ -14,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path as FilePath
 
 import jax
 from rich.console import Console
@@ -44,8 +46,9 @@ from deepseek_v4.checkpoint import (
     to_hf,
     to_orbax,
 )
-
-Job = Callable[[Callable[[int], None], Callable[[str], None]], object]
+from deepseek_v4.checkpoint.layout import items
+from deepseek_v4.names import unnumbered
+from deepseek_v4.training.merging import Merged, add_to_report, open_merged
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -80,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--distributed", action="store_true", help="take both from jax.distributed")
         command.add_argument("--dry-run", action="store_true", help="check headers, show the plan, write nothing")
         command.set_defaults(run=run)
+    command = commands.add_parser("merge", help="merge adapters into a checkpoint", description=_merge.__doc__)
+    command.add_argument("source", metavar="BASE", help="the checkpoint that the adapters were trained on")
+    command.add_argument("adapters", metavar="ADAPTERS", help="directory of the adapters that training saved")
+    command.add_argument("target", metavar="DST")
+    command.add_argument("--format", choices=("hf", "orbax"), default="hf", help="of DST; default: %(default)s")
+    command.set_defaults(run=_merge)
     command = commands.add_parser("inspect", help="describe a directory from its headers")
     command.add_argument("source", metavar="SRC")
     command.set_defaults(run=_inspect)
@@ -164,6 +173,54 @@ def _to_hf(options: argparse.Namespace, console: Console) -> int:
     with _progress(console, size) as (on_bytes, on_item):
         complete = to_hf(source, options.target, share=share, on_bytes=on_bytes, on_item=on_item)
     return _finish(console, options, complete)
+
+
+def _merge(options: argparse.Namespace, console: Console) -> int:
+    """Weights are decoded, added to their adapters' products and quantised once, a layer at a time, in the formats of
+    BASE. What that changed is shown by linear, and by layer in DST/merge_report.json: how many stored weights are
+    others now, how far they are from the exact sum, and how much of the change rounding has swallowed. Adapters of
+    another checkpoint are refused."""
+    base = open_source(options.source)
+    merged = open_merged(base, options.adapters)
+    for item in items(base.config)[:2]:
+        merged.check(item)  # before anything is written; the others when it is their turn
+    target = FilePath(options.target)
+    hf = options.format == "hf"
+    size = plan_export(merged, target).pending_bytes(Share()) if hf else plan_conversion(merged, target).pending_bytes
+    with _progress(console, size) as (on_bytes, on_item):
+
+        def on_next(name: str) -> None:
+            add_to_report(target, merged.report)  # so that a run that continues this one has it
+            on_item(name)
+
+        if hf:
+            to_hf(merged, target, share=Share(), on_bytes=on_bytes, on_item=on_next)
+        else:
+            to_orbax(merged, target, share=Share(), on_bytes=on_bytes, on_item=on_next, checked=base)
+    _print_report(add_to_report(target, merged.report), console)
+    return _finish(console, options, True)
+
+
+def _print_report(report: Sequence[Merged], console: Console) -> None:
+    table = Table("linear", "layers", "weights changed", "error", "lost", title="what merging changed")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    by_linear: dict[str, list[Merged]] = {}
+    for row in report:
+        by_linear.setdefault(unnumbered(row.name), []).append(row)
+    for name, rows in by_linear.items():
+        changed, error, lost = ([getattr(row, field) for row in rows] for field in ("changed", "error", "lost"))
+        table.add_row(name, str(len(rows)), _span(changed, "{:.1%}"), _span(error, "{:.3f}"), _span(lost, "{:.1%}"))
+    console.print(table)
+    console.print(
+        "changed: stored weights with another value; error: distance from the exact sum, by the size of the change;\n"
+        "lost: the part of the change that rounding swallowed (from the least to the most of the layers)"
+    )
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    least, most = form.format(min(values)), form.format(max(values))
+    return least if least == most else f"{least} .. {most}"
 
 
 def _finish(console: Console, options: argparse.Namespace, complete: bool) -> int:

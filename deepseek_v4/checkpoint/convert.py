@@ -126,21 +126,23 @@ def to_orbax(
     share: Share | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
     on_item: Callable[[str], None] = lambda name: None,
+    checked: Source | None = None,
 ) -> bool:
     """Writes ``source`` to ``directory`` as an Orbax directory with the source's bytes and dtypes, experts stacked.
 
     Reads every source byte once (scales and token tables twice: they are checked before anything is written), holds a
     few chunks in memory, and leaves out the items that an earlier run finished from the same files. Several processes
     can work on one target, each with its ``share`` (default: as ``jax.distributed`` says). Returns whether the whole
-    target is finished, which the last process sees; until then it has no manifest and cannot be opened. Raises
-    ``CheckpointError`` listing everything that is wrong with the source, or if the target holds something else.
+    target is finished, which the last process sees; until then it has no manifest and cannot be opened. ``checked`` is
+    what to check instead of a source whose values are costly. Raises ``CheckpointError`` listing everything that is
+    wrong with the source, or if the target holds something else.
     """
     directory, share = FilePath(directory), share or Share.of_this_process()
     plan = plan_conversion(source, directory, share)
     pending = [planned.item for planned in plan.pending]
     config, storage = source.config, source.storage
 
-    problems = [problem for item in pending for problem in bad_values(source, item)]
+    problems = [problem for item in pending for problem in bad_values(checked or source, item)]
     if problems:
         raise CheckpointError("the source has values that no checkpoint can have", problems)
     copies, dropped = source.draft_copies, {}

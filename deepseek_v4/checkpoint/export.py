@@ -84,12 +84,10 @@ def to_hf(
 
 
 def _write_shard(source: Source, shard: Shard, directory: FilePath, on_bytes: Callable[[int], None]) -> None:
-    layers = source.leaves(shard.item)
     surround = None
     if any(name in source.draft_copies for name in shard.tensors):
-        shell = Item("shell", "", None)
-        surround = source.leaves(shell)
-        layers = source.leaves(shard.item)
+        surround = source.leaves(Item("shell", "", None))
+    layers = source.leaves(shard.item)
 
     def reads(entries: list[Entry]) -> Iterator[tuple[Leaf, Index]]:
         for entry in entries:

@@ -148,7 +148,7 @@ def item_digest(sums: Mapping[Path, int]) -> str:
 
 
 def check_fingerprint(where: object, expected: Fingerprint, found: Fingerprint) -> None:
-    """Raises ``CheckpointError``, naming ``where`` adapters are from, if entries of ``found`` are not those expected."""
+    """Raises ``CheckpointError`` about adapters from ``where`` if entries of ``found`` are not those expected."""
     different = [name for name, value in found.items() if expected.get(name) != value]
     if different:
         raise CheckpointError(
@@ -267,6 +267,14 @@ def load_adapters(directory: str | FilePath, model: Model, base: Params | None =
         )
     finally:
         file.close()
+
+
+def adapters_digest(directory: str | FilePath) -> str:
+    """What tells the adapters in a directory from others."""
+    digest = hashlib.sha256()
+    for name in (_TENSORS, _CONFIG):
+        digest.update((FilePath(directory) / name).read_bytes())
+    return digest.hexdigest()
 
 
 def lora_of(model: Model) -> LoRA:

@@ -2,14 +2,16 @@
 
 A model in memory is merged by ``merge``; a checkpoint of any size is merged layer by layer while it is written:
 
-    source = MergedSource(open_checkpoint(base).source, model, load_adapters(directory, model))
+    source = open_merged(open_source(base), directory)
     to_hf(source, output)
     print(*source.report, sep="\\n")
 """
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -19,13 +21,26 @@ from jax import lax
 
 from deepseek_v4.checkpoint import CheckpointError, ParamsSource
 from deepseek_v4.checkpoint.layout import Item, item_specs
+from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.checkpoint.safetensors import Index
 from deepseek_v4.checkpoint.source import Leaf, Source, whole
 from deepseek_v4.formats import dequantize, quantize
 from deepseek_v4.model import Model, Params
 from deepseek_v4.nn.variables import Storage
 from deepseek_v4.parameters import Path, flatten, map_members, nest
-from deepseek_v4.training.lora import Adapters, base_model, lora_of
+from deepseek_v4.training.lora import (
+    Adapters,
+    Fingerprint,
+    adapters_digest,
+    base_model,
+    check_fingerprint,
+    checksum,
+    item_digest,
+    load_adapters,
+    lora_of,
+    model_digest,
+    read_adapter_config,
+)
 from deepseek_v4.training.partition import parameter_names
 
 
@@ -83,23 +98,48 @@ def merge(model: Model, params: Params) -> tuple[Model, Params, list[Merged]]:
 class MergedSource:
     """A checkpoint with adapters merged into it: a ``checkpoint.Source`` that merges a layer when it is asked for it.
 
-    ``model`` is that of the adapters, on one device; its config and storage must be the checkpoint's. ``report`` grows
-    as layers are read. At most one layer is in memory.
+    ``model`` is that of the adapters, on one device; its config and storage must be the checkpoint's. ``base`` is the
+    fingerprint of what the adapters were trained beside: with it, every item is compared before it is used.
+    ``identity`` says which adapters these are, so that an interrupted conversion can go on. ``report`` grows as layers
+    are read. At most one layer is in memory. Raises ``CheckpointError``.
     """
 
-    def __init__(self, source: Source, model: Model, adapters: Adapters):
+    def __init__(
+        self,
+        source: Source,
+        model: Model,
+        adapters: Adapters,
+        base: Fingerprint | None = None,
+        identity: str | None = None,
+    ):
+        if base is not None:
+            check_fingerprint("adapters", base, {"model": model_digest(source.config, source.storage)})
         if (source.config, source.storage) != (model.config, model.storage):
             raise CheckpointError("the checkpoint is of another model or storage than the adapters")
         self.config, self.storage, self.draft_copies = source.config, source.storage, source.draft_copies
         self.report: list[Merged] = []
         self._source, self._lora = source, lora_of(model)
         self._adapters = ParamsSource(base_model(model), adapters)
+        self._base, self._identity = base, identity
+        self._checked: set[str] = set()
+
+    def check(self, item: Item) -> None:
+        """Raises ``CheckpointError`` if the checkpoint's item is another than the one adapters were trained beside."""
+        if self._base is None or item.name in self._checked:
+            return
+        leaves = self._source.leaves(item)
+        sums = {path: int(checksum(leaf.read(whole(leaf)))) for path, leaf in leaves.items()}
+        check_fingerprint("adapters", self._base, {item.name: item_digest(sums)})
+        self._checked.add(item.name)
 
     def leaves(self, item: Item) -> Mapping[Path, Leaf]:
         """The leaves of one item by path, merged."""
-        leaves: dict[Path, Leaf] = dict(self._source.leaves(item))
-        both = leaves | dict(self._adapters.leaves(item))
+        self.check(item)
+        added = dict(self._adapters.leaves(item))
+        both = dict(self._source.leaves(item)) | added
         specs = item_specs(item, self.config, self.storage)
+        leaves = {path: both[path] for path in specs}
+        known = {row.name for row in self.report}
         for beside in _adapted(both):
             spec = specs[*beside, "weight"]
             split = (False,) * (len(spec.shape) - 2)
@@ -109,11 +149,14 @@ class MergedSource:
             leaves[*beside, "weight"] = _HostLeaf(weight)
             if scale is not None:
                 leaves[*beside, "scale"] = _HostLeaf(scale)
-            self.report.extend(_report([item.prefix + ".".join(beside)], sums))
+            rows = _report([item.prefix + ".".join(beside)], sums)
+            self.report.extend(row for row in rows if row.name not in known)
         return leaves
 
-    def fingerprint(self, item: Item) -> None:
-        """Nothing: what was merged cannot be told from other adapters later."""
+    def fingerprint(self, item: Item) -> Any:
+        """That of the checkpoint's item, with the identity of the adapters; None without one."""
+        base = self._source.fingerprint(item)
+        return None if base is None or self._identity is None else {"base": base, "adapters": self._identity}
 
     def config_json(self) -> dict[str, Any]:
         """``config.json`` of the checkpoint."""
@@ -122,6 +165,29 @@ class MergedSource:
     def travelling_files(self) -> Mapping[str, bytes]:
         """The tokenizer and other small files of the checkpoint."""
         return self._source.travelling_files()
+
+
+def open_merged(source: Source, directory: str | FilePath) -> MergedSource:
+    """A checkpoint with the adapters that ``lora.save_adapters`` wrote to ``directory`` merged into it.
+
+    Compares every item with what the adapters were trained beside. Raises ``CheckpointError``.
+    """
+    lora, base = read_adapter_config(directory)
+    check_fingerprint(directory, base, {"model": model_digest(source.config, source.storage)})
+    try:
+        model = Model(source.config, source.storage, adapters=lora)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: not adapters of this checkpoint's model: {error}") from error
+    return MergedSource(source, model, load_adapters(directory, model), base, adapters_digest(directory))
+
+
+def add_to_report(directory: str | FilePath, report: Sequence[Merged]) -> list[Merged]:
+    """Adds to ``merge_report.json`` in a directory, and returns all of it: {name: {changed, error, lost}}."""
+    path = FilePath(directory) / "merge_report.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows |= {row.name: {"changed": row.changed, "error": row.error, "lost": row.lost} for row in report}
+    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+    return [Merged(name, **values) for name, values in rows.items()]
 
 
 class _HostLeaf:

@@ -112,7 +112,9 @@ def test_eight_devices_compute_what_one_does(packed, expected, tokens):
     placement = Placement(make_mesh("data=2,expert=2,tensor=2"))
     model = dataclasses.replace(packed.model, execution=Execution("float32", placement=placement))
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), packed.params, model.abstract_params())
-    base, adapters = lora.split_adapters(placed)
+    base = lora.split_adapters(placed)[0]
+    new = lora.init_adapters(model, 0)
+    adapters = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), packed.adapters, new)
     axes = adapters["groups"][0][0]["ffn"]["experts"]["w2"]["lora_a"].sharding.spec
     assert axes[1] == "expert"
     check(expected, loss_and_gradient(model, base, adapters, tokens), 2e-4)
@@ -227,9 +229,10 @@ def test_a_checkpoint_is_merged_while_it_is_written(packed, tmp_path):
 def test_adapters_are_saved_alone_and_checked_when_loaded(packed, tmp_path):
     lora.save_adapters(tmp_path, packed.model, packed.params)
     assert lora.read_adapter_config(tmp_path)[0] == ADAPTERS
+    saved = lora.split_adapters(packed.params)[1]
     found = lora.load_adapters(tmp_path, packed.model, packed.base)
-    assert jax.tree.structure(found) == jax.tree.structure(packed.adapters)
-    jax.tree.map(np.testing.assert_array_equal, found, packed.adapters)
+    assert jax.tree.structure(found) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, found, saved)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json"}
 
@@ -242,13 +245,14 @@ def test_adapters_are_saved_alone_and_checked_when_loaded(packed, tmp_path):
     mesh = Execution("float32", placement=Placement(make_mesh("expert=4,tensor=2")))
     sharded = dataclasses.replace(packed.model, execution=mesh)
     placed = lora.load_adapters(tmp_path, sharded)
-    jax.tree.map(np.testing.assert_array_equal, placed, packed.adapters)
+    jax.tree.map(np.testing.assert_array_equal, placed, saved)
 
     other = jax.tree.map(lambda a: a, packed.base)
     weight = other["groups"][0][0]["ffn"]["experts"]["w1"]["weight"]
     other["groups"][0][0]["ffn"]["experts"]["w1"]["weight"] = weight.at[0, 3, 5, 7].add(1)
-    with pytest.raises(CheckpointError, match="beside other weights"):
+    with pytest.raises(CheckpointError, match=r"beside other weights[^$]*layers\.00000: not the one") as error:
         lora.load_adapters(tmp_path, packed.model, other)
+    assert "layers.00001" not in str(error.value)
     with pytest.raises(CheckpointError, match="rank=2"):
         lora.load_adapters(tmp_path, dataclasses.replace(packed.model, adapters=LoRA(2, 8.0, PATTERNS)))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -259,6 +263,21 @@ def test_adapters_are_saved_alone_and_checked_when_loaded(packed, tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match="adapter_config"):
         lora.read_adapter_config(tmp_path)
+
+
+def test_balance_biases_travel_with_the_adapters(packed, tmp_path):
+    """They move while adapters are trained, and decide which experts these were trained for."""
+    params = jax.tree.map(lambda a: a, packed.params)
+    gate = params["groups"][0][0]["ffn"]["gate"]
+    gate["bias"] = gate["bias"] + jnp.arange(8) * 0.001
+    lora.save_adapters(tmp_path / "adapters", packed.model, params)
+    save_params(tmp_path / "base", lora.base_model(packed.model), packed.base)
+    adapters = lora.load_adapters(tmp_path / "adapters", packed.model, packed.base)
+    jax.tree.map(np.testing.assert_array_equal, lora.attach(packed.base, adapters), params)
+    source = merging.open_merged(open_checkpoint(tmp_path / "base").source, tmp_path / "adapters")
+    to_hf(source, tmp_path / "merged")
+    found = load_params(tmp_path / "merged", lora.base_model(packed.model))
+    np.testing.assert_array_equal(found["groups"][0][0]["ffn"]["gate"]["bias"], gate["bias"])
 
 
 def test_the_fingerprint_is_that_of_the_weights_on_any_mesh(packed):
