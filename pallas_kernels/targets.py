@@ -6,6 +6,7 @@ act as one), v6e and the GPUs, half a chip of v7x.
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -271,11 +272,16 @@ def _register_plugins() -> None:
     jax.devices()
     from jax._src import xla_bridge
 
+    # Registering what is there already is an error, which is logged at length; it harms nothing.
+    log = logging.getLogger(xla_bridge.__name__)
+    log.disabled, before = True, log.disabled
     try:
         xla_bridge.discover_pjrt_plugins()
     except Exception as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
+    finally:
+        log.disabled = before
 
 
 def _cuda_target_config(target: Chip) -> str:

@@ -1,0 +1,209 @@
+"""What a step keeps in each device's memory: exact arguments, and an estimate of what it needs while it runs."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_v4.nn.variables import Weight
+from deepseek_v4.parameters import ParameterSpec, is_spec
+from deepseek_v4.planning.layout import tiled_bytes
+from deepseek_v4.planning.workload import BATCH, Setting, leaves_per_device, size_bytes
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device by part; ``arguments`` are exact, ``working`` is an estimate.
+
+    ``arguments`` holds "experts", "other weights", "cache", "tokens", and for training "masters", "optimizer". The peak
+    is their sum with ``working``: activations, gradients, results.
+    """
+
+    arguments: Mapping[str, int]
+    working: Mapping[str, int]
+    usable: int
+
+    @property
+    def argument_bytes(self) -> int:
+        """What the compiled step takes."""
+        return sum(self.arguments.values())
+
+    @property
+    def peak(self) -> int:
+        """What the device holds at most."""
+        return self.argument_bytes + sum(self.working.values())
+
+    @property
+    def spare(self) -> int:
+        """Bytes left; negative by how much it does not fit."""
+        return self.usable - self.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room for it."""
+        return self.spare >= 0
+
+
+def memory(setting: Setting) -> Memory:
+    """The memory of one device of a setting; raises ``MeshError`` where the mesh does not fit the model."""
+    train = setting.workload.phase == "train"
+    arguments = _training_arguments(setting) if train else _inference_arguments(setting)
+    working = _training_working(setting) if train else _inference_working(setting)
+    return Memory(arguments, working, setting.topology.chip.usable_bytes)
+
+
+def array_bytes(setting: Setting, arrays: Iterable[tuple[tuple[int, ...], Any]]) -> int:
+    """Bytes of arrays on a device: on TPUs in whole tiles."""
+    tiled = setting.topology.chip.platform == "tpu"
+    return sum(
+        tiled_bytes(shape, dtype.itemsize) if tiled else math.prod(shape) * dtype.itemsize for shape, dtype in arrays
+    )
+
+
+def _inference_arguments(setting: Setting) -> dict[str, int]:
+    work = setting.workload
+    parts = {"experts": 0, "other weights": 0}
+    for path, spec in _described(setting.descriptions.params):
+        parts["experts" if "experts" in path else "other weights"] += _stored(setting, [spec])
+    cache = setting.model().abstract_cache(work.batch, work.context, work.rollback)
+    parts["cache"] = array_bytes(setting, leaves_per_device(cache))
+    integers = jnp.dtype(jnp.int32)
+    parts["tokens"] = array_bytes(setting, [((setting.rows, work.tokens), integers), ((setting.rows,), integers)])
+    return parts
+
+
+def _described(specs: Any) -> list[tuple[tuple[str, ...], ParameterSpec]]:
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    return [(tuple(str(getattr(key, "key", key)) for key in path), spec) for path, spec in leaves]
+
+
+def _inference_working(setting: Setting) -> dict[str, int]:
+    """Logits, copied rings, and what one layer needs at once: its activations, or its linears while they are unpacked.
+
+    Follows what the compiled programs of ``docs/pods.md`` keep. A layer's activations are queries and attention
+    outputs of a device's heads, rows sent to experts or index scores of a block of queries with the copies that top-k
+    makes, and four copies of the residual streams. FP8 linears outside of kernels become float32 products of codes and
+    scales, then bfloat16: 14 bytes per number, of two linears at a time. Rings (window, and the float32 rows of windows
+    in progress) change their layout on the way into the scan over layers: a copy of those of the largest scan group.
+    """
+    config, work, placement = setting.config, setting.workload, setting.placement
+    tokens = setting.rows * work.tokens
+    d, n = config.hidden_size, config.hc_mult
+    logits = 4 * setting.rows * config.vocab_size // placement.size("vocab")
+    drafts = 1 if work.draft and config.drafter == "mtp" else 0
+    streams = tokens * n * d * 2
+    heads = config.num_attention_heads // placement.size("heads")
+    attention = 3 * tokens * heads * config.head_dim * 2
+    experts = tokens * config.num_experts_per_tok * (d * 2 + config.moe_intermediate_size * 2) + 2 * tokens * d * 4
+    activations = 4 * streams + max(attention, experts, _index_scores(setting))
+    linears = sorted(
+        math.prod(setting.used_shard(spec))
+        for described in setting.descriptions.layers.values()
+        for _, spec in _described(described)
+        if spec.role == "linear"
+    )
+    cache = setting.model().abstract_cache(work.batch, work.context, work.rollback)
+    rings = [_rings(setting, group) for group in cache["groups"]]
+    return {
+        "results": (1 + drafts) * logits,
+        "copied rings": max(rings),
+        "activations": max(activations, UNPACKED * sum(linears[-2:])),
+    }
+
+
+def _index_scores(setting: Setting) -> int:
+    """Bytes of the scores of a block of queries, thrice, in the layers with an indexer."""
+    config, work = setting.config, setting.workload
+    ratios = [spec.compress_ratio for spec in setting.descriptions.layers if spec.indexer]
+    if not ratios:
+        return 0
+    entries = max(1, work.context // min(ratios))
+    heads = config.index_n_heads // setting.placement.size("index_heads")
+    block = max(1, min(work.tokens, INDEX_BLOCK // (setting.rows * heads * entries)))
+    return 3 * 4 * setting.rows * block * entries
+
+
+def _rings(setting: Setting, group: Any) -> int:
+    """Bytes of the arrays of a group's cache that are rings."""
+    rings = [{name: a for name, a in member.items() if "entries" not in name} for member in group]
+    return array_bytes(setting, leaves_per_device(rings))
+
+
+UNPACKED = 14
+"""Bytes per number of an FP8 linear that is unpacked outside of a kernel."""
+
+INDEX_BLOCK = 1 << 25
+"""Products of index queries and keys that the XLA twin of ``index_topk`` makes at once."""
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def is_trained(setting: Setting, spec: ParameterSpec) -> bool:
+    """Whether a training step changes a parameter: every weight, or the adapters alone."""
+    return spec.kind is Weight and (setting.workload.lora is None or spec.role == "adapter")
+
+
+def trained_specs(setting: Setting) -> list[ParameterSpec]:
+    """What a training step changes."""
+    leaves = jax.tree.leaves(setting.descriptions.params, is_leaf=is_spec)
+    return [spec for spec in leaves if is_trained(setting, spec)]
+
+
+def travelling_bytes(setting: Setting, spec: ParameterSpec) -> int:
+    """Bytes of a parameter gathered from where it is cut: what is only multiplied travels in bfloat16 at most."""
+    size = min(spec.dtype.itemsize, 2) if spec.role in ("linear", "expert") else spec.dtype.itemsize
+    return math.prod(setting.used_shard(spec)) * size
+
+
+def _stored(setting: Setting, specs: Iterable[ParameterSpec]) -> int:
+    return array_bytes(setting, [(setting.shard(spec), spec.dtype) for spec in specs])
+
+
+def _training_arguments(setting: Setting) -> dict[str, int]:
+    """What ``Program.train_step`` takes: its state, what it leaves as it is, and a batch."""
+    program, work = setting.program(), setting.workload
+    state = program.abstract_state((work.batch, work.context))
+    frozen = program.split(setting.model().abstract_params())[2]
+    batch = [((setting.rows, work.context), jnp.dtype(kind)) for kind in BATCH.values()]
+    weights = array_bytes(setting, leaves_per_device(state["trained"]))
+    return {
+        "trained weights": weights,
+        "optimizer": array_bytes(setting, leaves_per_device(state)) - weights,
+        "frozen weights": array_bytes(setting, leaves_per_device(frozen)),
+        "tokens": array_bytes(setting, batch),
+    }
+
+
+def _training_working(setting: Setting) -> dict[str, int]:
+    """Gradients, the streams kept between layers, one layer's weights and gradients whole, and what it computes.
+
+    Every layer is recomputed in the backward pass, so that only its input streams are kept; its intermediate results
+    count twice, values and their gradients.
+    """
+    config, work, placement = setting.config, setting.workload, setting.placement
+    tokens = setting.rows * work.tokens
+    d, n, heads = config.hidden_size, config.hc_mult, config.num_attention_heads // placement.size("heads")
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    streams = tokens * n * d * 2
+    gathered = scattered = 0
+    for described in setting.descriptions.layers.values():
+        cut = [s for _, s in _described(described) if setting.shard(s) != setting.used_shard(s)]
+        gathered = max(gathered, sum(travelling_bytes(setting, spec) for spec in cut))
+        whole = [size_bytes(setting.used_shard(spec), spec.dtype) for spec in cut if is_trained(setting, spec)]
+        scattered = max(scattered, sum(whole))
+    attention = 6 * tokens * heads * config.head_dim * 2
+    experts = tokens * config.num_experts_per_tok * (d * 6 + 3 * config.moe_intermediate_size * 4)
+    logits = 3 * 4 * tokens * config.vocab_size // placement.size("vocab")
+    return {
+        "gradients": _stored(setting, trained_specs(setting)),
+        "kept streams": layers * streams,
+        "gathered weights": gathered,
+        "whole gradients": scattered,
+        "activations": max(8 * streams + 2 * (attention + experts), logits),
+    }

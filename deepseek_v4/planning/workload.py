@@ -1,0 +1,182 @@
+"""What a pod shall do: the phase, how many sequences, how long they are; and the model that does it on a mesh."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from deepseek_v4.adapters import LoRA
+from deepseek_v4.config import Config
+from deepseek_v4.execution import Execution
+from deepseek_v4.layer_spec import LayerSpec, layer_specs
+from deepseek_v4.model import Model
+from deepseek_v4.nn.variables import MASTER, RELEASED, Storage
+from deepseek_v4.parameters import ParameterSpec
+from deepseek_v4.planning.topology import Topology
+from deepseek_v4.sharding import MESH_AXES, Placement, Rules
+
+if TYPE_CHECKING:
+    from deepseek_v4.training.step import Program
+
+Phase = Literal["decode", "prefill", "train"]
+
+BATCH = {"tokens": jnp.int32, "positions": jnp.int32, "targets": jnp.bool_, "real": jnp.bool_}
+"""Arrays [B, S] of a training batch (``deepseek_v4.data``)."""
+
+
+class WorkloadError(ValueError):
+    """A workload that makes no sense, or that this project cannot run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One compiled step and how large it is.
+
+    ``batch`` sequences run together over the whole mesh. ``context`` is the tokens that every cache has room for, or
+    the length of a training sequence. A ``decode`` call runs one token of every sequence at the end of its context, a
+    ``prefill`` call ``chunk`` tokens of every sequence; with ``draft`` the MTP block runs too, and ``rollback`` tokens
+    of every cache can be taken back. ``train`` keeps float32 masters with the state of Muon and AdamW, or with ``lora``
+    the released weights and adapters of that rank.
+    """
+
+    phase: Phase
+    batch: int
+    context: int
+    chunk: int = 2048
+    draft: bool = True
+    rollback: int = 4
+    lora: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "chunk"):
+            if getattr(self, name) < 1:
+                raise WorkloadError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.rollback < 0:
+            raise WorkloadError(f"rollback: expected at least 0, found {self.rollback}")
+        if self.lora is not None and self.phase != "train":
+            raise WorkloadError(f"lora: adapters are trained, but the phase is {self.phase}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sequence in one call."""
+        if self.phase == "prefill":
+            return min(self.chunk, self.context)
+        return 1 if self.phase == "decode" else self.context
+
+    @property
+    def storage(self) -> Storage:
+        """How the model's weights are stored."""
+        return MASTER if self.phase == "train" and self.lora is None else RELEASED
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """What is trained beside packed weights."""
+        return None if self.lora is None else LoRA(rank=self.lora, alpha=float(self.lora))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model on a mesh of a slice, with its work: everything a plan is computed from."""
+
+    config: Config
+    topology: Topology
+    mesh: tuple[tuple[str, int], ...]
+    workload: Workload
+
+    @classmethod
+    def of(cls, config: Config, topology: Topology, mesh: Mapping[str, int], workload: Workload) -> "Setting":
+        """From sizes by axis (unnamed axes are 1)."""
+        return cls(config, topology, tuple((axis, mesh.get(axis, 1)) for axis in MESH_AXES), workload)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis of the mesh."""
+        return dict(self.mesh)
+
+    @property
+    def mesh_text(self) -> str:
+        """As on a command line, axes of one device left out."""
+        return ",".join(f"{axis}={size}" for axis, size in self.mesh if size > 1) or f"{MESH_AXES[0]}=1"
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one device's part of the batch."""
+        return self.workload.batch // self.placement.size("batch")
+
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """The mesh without devices: enough for layouts and bytes."""
+        mesh: Any = AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
+        return Placement(mesh, rules_for(self.workload))
+
+    def model(self, placement: Placement | None = None) -> Model:
+        """The model as it runs there; raises ``MeshError`` where the mesh does not fit it."""
+        tpu = self.topology.chip.platform == "tpu"
+        execution = Execution(
+            placement=placement or self.placement,
+            entry_layout="words" if tpu and self.workload.phase != "train" else "plain",
+        )
+        return Model(self.config, self.workload.storage, execution, self.workload.adapters)
+
+    def program(self, placement: Placement | None = None) -> "Program":
+        """The training step of a ``train`` workload, every layer recomputed in its backward pass."""
+        from deepseek_v4.training.optimizer import OptimizerConfig
+        from deepseek_v4.training.step import Program
+
+        # Rates and their schedule are no part of what a step takes or costs.
+        optimizer = OptimizerConfig(
+            learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=1, decay_start=2, total_steps=3
+        )
+        only = () if self.workload.lora is None else ("*.lora_?",)
+        return Program(model=self.model(placement), optimizer=optimizer, only=only, remat="full")
+
+    @property
+    def descriptions(self) -> "Descriptions":
+        """Every parameter of the model, whatever the mesh."""
+        return _descriptions(self.config, self.workload.storage, self.workload.adapters)
+
+    def shard(self, spec: ParameterSpec) -> tuple[int, ...]:
+        """The part of a parameter that a device stores."""
+        return self.placement.parameter_sharding(spec).shard_shape(spec.shape)
+
+    def used_shard(self, spec: ParameterSpec) -> tuple[int, ...]:
+        """The part of a parameter that a device computes with."""
+        return self.placement.sharding(spec.axes, spec.shape).shard_shape(spec.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptions:
+    """What a model's parameters are: of all (as ``params``), of each kind of layer, and of an MTP block (or None)."""
+
+    params: Any
+    layers: Mapping[LayerSpec, Any]
+    shell: Any
+    draft: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _descriptions(config: Config, storage: Storage, adapters: LoRA | None) -> Descriptions:
+    model = Model(config, storage, adapters=adapters)
+    draft = model.draft_specs(model.drafts[0]) if model.drafts else None
+    layers = {spec: model.layer_specs(spec) for spec in set(layer_specs(config))}
+    return Descriptions(model.parameter_specs(), layers, model.shell_specs(), draft)
+
+
+def rules_for(workload: Workload) -> Rules:
+    """Where logical axes go: training cuts what it stores over the batch's axes too."""
+    return Rules(fsdp=Rules().batch) if workload.phase == "train" else Rules()
+
+
+def size_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array, without padding."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def leaves_per_device(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) of one device's shard of every leaf of a tree of abstract arrays with shardings."""
+    return [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree)]

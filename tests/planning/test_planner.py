@@ -1,0 +1,216 @@
+"""Memory and least times of plans against real arrays and closed forms; search, advice and pod files."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from small_models import FLASH_LIKE, small_config
+
+from deepseek_v4 import Config, Execution, Model, Placement, make_mesh
+from deepseek_v4.planning.memory import memory
+from deepseek_v4.planning.planner import advice_lines, advise, check, explain, largest_batch, meshes, plan, search
+from deepseek_v4.planning.pods import PodFileError, pod_file, with_pod
+from deepseek_v4.planning.program import collectives, step_arguments
+from deepseek_v4.planning.roofline import stages, step_seconds
+from deepseek_v4.planning.topology import HOP_SECONDS, parse_topology
+from deepseek_v4.planning.workload import Setting, Workload, WorkloadError
+from deepseek_v4.sharding import MeshError, parse_mesh
+from pallas_kernels.targets import CHIPS
+
+FLASH = Config.from_file(Path(__file__).parents[2] / "configs" / "flash")
+SMALL = small_config(FLASH_LIKE)
+
+
+def setting(topology, mesh, workload, config=FLASH):
+    return Setting.of(config, parse_topology(topology), parse_mesh(mesh), workload)
+
+
+def parts(found, name):
+    return {part.name: part for stage in found if stage.name == name for part in stage.parts}
+
+
+def test_bytes_are_those_of_arrays_on_a_real_mesh():
+    # GPUs pad nothing: the plan of a node is what eight devices hold of real arrays.
+    planned = memory(setting("h200:8", "data=2,expert=2,tensor=2", Workload("decode", 4, 640), SMALL))
+    placement = Placement(make_mesh("data=2,expert=2,tensor=2", jax.devices()[:8]))
+    model = Model(SMALL, execution=Execution(placement=placement, entry_layout="plain"))
+
+    def held(tree):
+        device = jax.devices()[0]
+        arrays = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), tree)
+        return sum(s.data.nbytes for a in jax.tree.leaves(arrays) for s in a.addressable_shards if s.device == device)
+
+    assert planned.arguments["experts"] + planned.arguments["other weights"] == held(model.abstract_params())
+    assert planned.arguments["cache"] == held(model.abstract_cache(4, 640, 4))
+
+
+def test_arguments_of_a_plan_are_those_that_are_compiled():
+    for phase in ("decode", "prefill"):
+        case = setting("h200:8", "data=2,expert=2,tensor=2", Workload(phase, 4, 640, chunk=256), SMALL)
+        leaves = jax.tree.leaves(step_arguments(case, case.placement))
+        sizes = [jnp.dtype(a.dtype).itemsize * _product(a.sharding.shard_shape(a.shape)) for a in leaves]
+        assert memory(case).argument_bytes == sum(sizes)
+
+
+def _product(shape):
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def test_least_times_of_one_token_in_closed_form():
+    chip = CHIPS["h200"]
+    case = setting("h200:8", "expert=8", Workload("decode", 1, 1 << 17))
+    csa, hca = (parts(stages(case), kind) for kind in ("CSA", "HCA"))
+    # Of 32 experts on a device a token chooses 6/256; FP4 with a scale per 32: 17/32 bytes per number.
+    experts = 32 * 6 / 256 * 3 * 4096 * 2048 * 17 / 32
+    rows = 6 / 8 * (4096 * (2 + 4) + 3 * 2 * 2048)
+    assert csa["routed experts"].limit == "HBM"
+    assert csa["routed experts"].seconds == pytest.approx((experts + rows) / chip.hbm_bandwidth)
+    # All index keys are read once; scores are written and read.
+    keys = (1 << 17) // 4
+    assert csa["index scores"].seconds == pytest.approx(keys * (128 * 2 + 2 * 4) / chip.hbm_bandwidth)
+    # HCA reads one entry per 128 tokens, the window, queries and outputs, a count and the sinks.
+    read = ((1 << 17) // 128 + 128 + 2 * 64) * 512 * 2 + 4 + 4 * 64
+    assert hca["attention"].seconds == pytest.approx(read / chip.hbm_bandwidth)
+    # Float32 sums of the experts' outputs over eight GPUs.
+    assert hca["expert outputs"].limit == "all-reduce over expert (NVLink)"
+    assert hca["expert outputs"].seconds == pytest.approx(2 * (4 * 4096 * 7 / 8 / 450e9 + HOP_SECONDS))
+    # Nothing is split over one tensor shard: no sum of index scores, attention or shared expert.
+    assert not {"index score sums", "attention output", "shared expert output"} & set(csa)
+
+
+def test_more_tokens_move_the_limit_from_memory_to_arithmetic():
+    few = parts(stages(setting("h200:8", "expert=8", Workload("prefill", 1, 4096, chunk=16))), "HCA")
+    many = parts(stages(setting("h200:8", "expert=8", Workload("prefill", 8, 4096, chunk=4096))), "HCA")
+    assert few["projections"].limit == "HBM"
+    assert many["projections"].limit == "bfloat16"
+    # 32768 tokens through wq_a, wq_b, wkv, wo_a, wo_b, whole on every device.
+    products = 4096 * 1024 + 1024 * 32768 + 4096 * 512 + 8192 * 4096 + 4096 * 8192
+    assert many["projections"].seconds == pytest.approx(2 * 32768 * products / CHIPS["h200"].peak["bfloat16"])
+
+
+def test_every_layer_of_the_model_is_in_the_step():
+    found = stages(setting("v6e:4x4", "expert=8,tensor=2", Workload("decode", 1, 65536)))
+    counts = {stage.name: stage.count for stage in found}
+    assert counts == {"SWA, hash": 2, "CSA, hash": 1, "CSA": 20, "HCA": 20, "embedding and head": 1, "MTP": 1}
+    assert step_seconds(found) == pytest.approx(sum(s.count * p.seconds for s in found for p in s.parts))
+    undrafted = stages(setting("v6e:4x4", "expert=8,tensor=2", Workload("decode", 1, 65536, draft=False)))
+    assert "MTP" not in {stage.name for stage in undrafted}
+
+
+def test_search_ranks_what_fits_first_and_explains():
+    found = search(FLASH, parse_topology("v6e:4x4"), Workload("decode", 16, 65536))
+    fits = [p.memory.fits for p in found.plans]
+    assert fits == sorted(fits, reverse=True)
+    times = [p.seconds for p in found.plans if p.memory.fits]
+    assert times == sorted(times)
+    assert {p.setting.mesh_text for p in found.plans}.isdisjoint(dict(found.illegal))
+    assert len(found.plans) + len(found.illegal) == len(list(meshes(16))) == 15
+    text = "\n".join(explain(found))
+    assert found.plans[0].setting.mesh_text in text
+    assert found.plans[1].setting.mesh_text in text
+    assert "o_groups" in text
+
+
+def test_what_does_not_fit_is_told_what_would():
+    topology, work = parse_topology("v6e:2x4"), Workload("decode", 16, 1 << 20)
+    found = search(FLASH, topology, work)
+    assert not found.fits
+    advice = advise(FLASH, topology, work)
+    smaller = dataclasses.replace(work, batch=advice.batch)
+    assert search(FLASH, topology, smaller).fits
+    shorter = dataclasses.replace(work, context=advice.context)
+    assert search(FLASH, topology, shorter).fits
+    assert not search(FLASH, topology, dataclasses.replace(work, context=2 * advice.context)).fits
+    assert memory(advice.smallest).fits
+    assert advice.smallest.topology.devices > 8
+    text = "\n".join(advice_lines(found, advice))
+    for expected in ("too much", f"batch {advice.batch}", f"{advice.context:,}", advice.smallest.topology.name):
+        assert expected in text
+
+
+def test_largest_batch_is_the_largest():
+    topology, work = parse_topology("v6e:4x4"), Workload("decode", 1, 1 << 20)
+    best = largest_batch(FLASH, topology, work)
+    assert memory(best).fits
+    more = dataclasses.replace(best.workload, batch=best.workload.batch + best.sizes["data"])
+    assert not memory(dataclasses.replace(best, workload=more)).fits
+
+
+def test_impossible_settings_say_what_is_wrong():
+    for topology, mesh, work, error, message in (
+        ("v6e:4x4", "expert=8", Workload("decode", 1, 64), MeshError, "16"),
+        ("v6e:4x4", "data=16", Workload("decode", 8, 64), WorkloadError, "does not divide over data = 16"),
+        ("v6e:4x4", "tensor=16", Workload("decode", 8, 64), MeshError, "o_groups"),
+        ("v6e:4x4", "expert=16", Workload("decode", 8, 1 << 21), WorkloadError, "1,048,576"),
+    ):
+        with pytest.raises(error, match=message):
+            check(setting(topology, mesh, work))
+    with pytest.raises(WorkloadError, match="batch"):
+        Workload("decode", 0, 64)
+    with pytest.raises(WorkloadError, match="lora"):
+        Workload("decode", 1, 64, lora=4)
+
+
+def test_collectives_in_loops_are_counted_as_often_as_they_run():
+    mesh = Mesh(jax.devices()[:4], ("x",))
+
+    def body(x, _):
+        return jax.lax.psum(x, "x") / 4, None
+
+    def run(x):
+        x = jax.lax.scan(body, x, length=5)[0]
+        return jax.lax.all_gather(x, "x")
+
+    spec = PartitionSpec()
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    array = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, spec))
+    found = {c.kind: c for c in collectives(jax.jit(sharded).lower(array).compile().as_text())}
+    assert (found["all-reduce"].times, found["all-reduce"].bytes) == (5, 5 * 8 * 16 * 4)
+    assert (found["all-gather"].times, found["all-gather"].largest) == (1, 4 * 8 * 16 * 4)
+
+
+def test_loops_of_tpu_programs_state_their_number_in_the_condition():
+    program = """
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %c = s32[]{:T(128)} constant(19), backend_config={}
+  ROOT %lt = pred[]{:T(512)} compare(%g, %c), direction=LT
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r = bf16[16,4096]{1,0:T(8,128)} all-reduce(%f), channel_id=2, to_apply=%add
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%a), channel_id=3
+}
+"""
+    found = {c.kind: c for c in collectives(program)}
+    assert (found["all-reduce"].times, found["all-reduce"].largest) == (19, 16 * 4096 * 2)
+    assert (found["all-gather"].times, found["all-gather"].bytes) == (1, 32)
+
+
+def test_pod_files_give_scripts_their_options(tmp_path):
+    path = tmp_path / "pod.json"
+    decode = plan(setting("v6e:4x4", "expert=8,tensor=2", Workload("decode", 16, 65536)))
+    path.write_text(json.dumps(pod_file("flash", decode)))
+    expected = ["--mesh", "expert=8,tensor=2", "--batch-size", "16", "--max-length", "65536", "--prefill-chunk", "2048"]
+    given = ["--checkpoint", "x", "--pod", str(path), "--batch-size", "4"]
+    assert with_pod(given, "generate") == [*expected, "--checkpoint", "x", "--batch-size", "4"]
+    assert with_pod([f"--pod={path}"], "generate") == expected
+    assert with_pod(["--batch-size", "4"], "generate") == ["--batch-size", "4"]
+    with pytest.raises(PodFileError, match="generate, not for train"):
+        with_pod(["--pod", str(path)], "train")
+    with pytest.raises(PodFileError, match="no such file"):
+        with_pod(["--pod", str(tmp_path / "missing")], "train")
+    path.write_text("{}")
+    with pytest.raises(PodFileError, match="not a pod file"):
+        with_pod(["--pod", str(path)], "train")
+    with pytest.raises(PodFileError, match="expected a file"):
+        with_pod(["--pod"], "train")
