@@ -1,10 +1,15 @@
-"""Input lines of the scripts: JSONL of token ids, text or chat messages, checked before anything runs."""
+"""Input lines of the scripts: JSONL of token ids, text or chat messages, checked before anything runs.
+
+A line may also say how its own answer is sampled and when it ends (``SETTINGS``); what it leaves open, the command
+line says.
+"""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from deepseek_v4.chat import ChatError, encode_messages
@@ -15,6 +20,21 @@ _KEYS = {
     "prompt": frozenset({"prompt"}),
     "messages": frozenset({"messages", "thinking_mode", "reasoning_effort"}),
 }
+
+SETTINGS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "max_new_tokens": (int,),
+        "temperature": (int, float),
+        "top_p": (int, float),
+        "top_k": (int,),
+        "min_p": (int, float),
+        "seed": (int,),
+        "stop": (list,),
+        "stop_ids": (list,),
+        "logprobs": (int,),
+    }
+)
+"""What a line may say about its own answer, and the JSON types of each: fields of ``engine.Request``."""
 
 
 class RequestError(ValueError):
@@ -37,10 +57,14 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model is to continue: its token ids, and for chat messages the mode its answer is parsed in."""
+    """What a model is to continue: its token ids, and for chat messages the mode its answer is parsed in.
+
+    ``settings`` are the line's own, by name (see ``SETTINGS``); their ranges are checked where they are used.
+    """
 
     token_ids: tuple[int, ...]
     thinking_mode: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_lines(path: str | Path) -> list[Line]:
@@ -62,12 +86,13 @@ def read_lines(path: str | Path) -> list[Line]:
     return lines
 
 
-def parse_line(text: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> Prompt:
+def parse_line(text: str, vocab_size: int, tokenizer: Tokenizer | None = None, *, settings: bool = False) -> Prompt:
     """The prompt that one line describes; raises ``RequestError``.
 
     A line is ``{"token_ids": [...]}``, ``{"prompt": "..."}`` (raw text, with a BOS token only where the tokenizer's
     config asks for one) or ``{"messages": [...], "thinking_mode": "chat" | "thinking", "reasoning_effort": ...}``
-    (``thinking_mode`` is "chat" if absent). Any other key is an error: a misspelt option must not pass unnoticed.
+    (``thinking_mode`` is "chat" if absent), with ``settings`` also any of ``SETTINGS``. Any other key is an error: a
+    misspelt option must not pass unnoticed.
     """
     try:
         data = json.loads(text)
@@ -81,14 +106,20 @@ def parse_line(text: str, vocab_size: int, tokenizer: Tokenizer | None = None) -
     if len(given) != 1:
         found = " and ".join(given) or f"the keys {sorted(data)}"
         raise RequestError(f"expected exactly one of token_ids, prompt, messages; found {found}")
-    unknown = sorted(set(data) - _KEYS[given[0]])
+    known = sorted(_KEYS[given[0]] | (set(SETTINGS) if settings else set()))
+    unknown = sorted(set(data) - set(known))
     if unknown:
-        raise RequestError(f"unknown key {unknown[0]!r}; beside {given[0]!r} only {sorted(_KEYS[given[0]])} are known")
-    if "token_ids" in data:
+        raise RequestError(f"unknown key {unknown[0]!r}; beside {given[0]!r} only {known} are known")
+    own = {name: _setting(name, data[name], vocab_size) for name in SETTINGS if name in data}
+    return dataclasses.replace(_prompt(data, given[0], vocab_size, tokenizer), settings=own)
+
+
+def _prompt(data: Mapping[str, Any], given: str, vocab_size: int, tokenizer: Tokenizer | None) -> Prompt:
+    if given == "token_ids":
         return Prompt(_token_ids(data["token_ids"], vocab_size))
     if tokenizer is None:
-        raise RequestError(f"{given[0]!r} needs the checkpoint's tokenizer.json, which is missing; give token_ids")
-    if "prompt" in data:
+        raise RequestError(f"{given!r} needs the checkpoint's tokenizer.json, which is missing; give token_ids")
+    if given == "prompt":
         return Prompt(text_prompt(data["prompt"], vocab_size, tokenizer))
     if not isinstance(data["messages"], list) or not data["messages"]:
         raise RequestError(f"messages: expected a non-empty list, found {_kind(data['messages'])}")
@@ -100,6 +131,20 @@ def parse_line(text: str, vocab_size: int, tokenizer: Tokenizer | None = None) -
     except ChatError as error:
         raise RequestError(f"messages: {error}") from None
     return Prompt(_token_ids(_encode(tokenizer, encoded), vocab_size), thinking_mode)
+
+
+def _setting(name: str, value: Any, vocab_size: int) -> Any:
+    kinds = SETTINGS[name]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        expected = {int: "an integer", float: "a number", list: "a list"}[kinds[-1]]
+        raise RequestError(f"{name}: expected {expected}, found {_kind(value)}")
+    if name == "stop_ids":
+        return _token_ids(value, vocab_size, name) if value else ()
+    if name == "stop":
+        if not all(isinstance(text, str) and text for text in value):
+            raise RequestError("stop: expected a list of strings that are not empty")
+        return tuple(value)
+    return value
 
 
 def text_prompt(text: Any, vocab_size: int, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -129,16 +174,16 @@ def _encode(tokenizer: Tokenizer, text: str, raw: bool = False) -> list[int]:
     return tokenizer.encode_prompt(text) if raw else tokenizer.encode(text)
 
 
-def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+def _token_ids(value: Any, vocab_size: int, name: str = "token_ids") -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise RequestError(f"token_ids: expected a list of integers, found {_kind(value)}")
+        raise RequestError(f"{name}: expected a list of integers, found {_kind(value)}")
     if not value:
-        raise RequestError("token_ids: empty; the model needs at least one token (a BOS token, for instance)")
+        raise RequestError(f"{name}: empty; the model needs at least one token (a BOS token, for instance)")
     for position, token in enumerate(value):
         if type(token) is not int:
-            raise RequestError(f"token_ids[{position}]: expected an integer, found {_kind(token)}")
+            raise RequestError(f"{name}[{position}]: expected an integer, found {_kind(token)}")
         if not 0 <= token < vocab_size:
-            raise RequestError(f"token_ids[{position}]: {token} is outside the vocabulary 0 .. {vocab_size - 1}")
+            raise RequestError(f"{name}[{position}]: {token} is outside the vocabulary 0 .. {vocab_size - 1}")
     return tuple(value)
 
 

@@ -1,4 +1,4 @@
-"""The output file of a run: one JSON line per finished request, in input order, safe against any interruption."""
+"""The output file of a run: a JSON line per finished request, written as it finishes, safe against any interruption."""
 
 import json
 import os
@@ -11,38 +11,31 @@ from deepseek_v4.requests import Line
 
 
 class ResultsError(ValueError):
-    """An output file that exists already, or that does not belong to this input."""
+    """An output file that does not belong to this input and these settings."""
 
 
 class ResultFile:
-    """Appends results to ``path``, each as one whole line, in input order; knows what an earlier run finished.
+    """Appends results to ``path``, each as one whole line as it comes; knows what an earlier run finished.
 
-    A result waits until all before it are written. ``PATH.run.json`` says which input and settings the lines belong
-    to. With ``resume`` an existing file is continued: a last line that was cut off is removed, ``finished`` holds the
-    indexes that need no work. Raises ``ResultsError`` if the file exists and ``resume`` is false, or if it belongs to
-    other lines or other settings. Use as a context manager: leaving it writes what still waits.
+    ``PATH.run.json`` says which input and settings the lines belong to. A file that the same run began is continued: a
+    last line that was cut off is removed, ``finished`` holds the indexes that need no work. When the last result has
+    come the lines are sorted into input order. Raises ``ResultsError`` if the file belongs to other lines or other
+    settings, or if nothing says to which. Use as a context manager.
     """
 
-    def __init__(self, path: str | Path, lines: Sequence[Line], settings: Mapping[str, Any], *, resume: bool = False):
+    def __init__(self, path: str | Path, lines: Sequence[Line], settings: Mapping[str, Any]):
         self.path = Path(path)
         self._run_path = self.path.with_name(self.path.name + ".run.json")
-        self._expected = [line.index for line in lines]
+        self._expected = {line.index for line in lines}
         self.failed = 0
         """Results so far, earlier runs included, whose finish_reason is "error"."""
         self.finished: set[int] = set()
         run = {"settings": dict(settings), "lines": [line.digest[:16] for line in lines]}
         if self.path.exists():
-            if not resume:
-                raise ResultsError(
-                    f"{self.path}: exists; continue it with --resume, remove it, or choose another output"
-                )
             self._check_run(run)
             self._read_finished()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._run_path, _encode(run))
-        self._waiting: dict[int, bytes] = {}
-        self._queue = [index for index in self._expected if index not in self.finished]
-        self._next = 0
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def __enter__(self) -> "ResultFile":
@@ -52,36 +45,33 @@ class ResultFile:
         self.close()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Takes the result of the request ``record["index"]`` and writes every result whose turn has come."""
+        """Appends the result of request ``record["index"]``: once this returns, a killed process loses it no more."""
         index = record["index"]
-        if index in self.finished or index in self._waiting:
-            raise ValueError(f"request {index} has a result already")
+        if index in self.finished or index not in self._expected:
+            raise ValueError(f"request {index} has a result already, or is not of this run")
+        data = _encode(record)
+        while data:
+            data = data[os.write(self._descriptor, data) :]
         self.failed += record["finish_reason"] == "error"
-        self._waiting[index] = _encode(record)
-        while self._next < len(self._queue) and self._queue[self._next] in self._waiting:
-            self._write(self._queue[self._next])
-            self._next += 1
+        self.finished.add(index)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request has its result."""
+        return self.finished == self._expected
 
     def close(self) -> None:
-        """Writes what waits, though results before it are missing, and sorts the file if that left it out of order."""
+        """Makes the file durable; sorts it once it is complete."""
         if self._descriptor < 0:
             return
-        for index in sorted(self._waiting):
-            self._write(index)
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1
-        if self.finished.issuperset(self._expected):
+        if self.complete:
             rows = [(json.loads(row)["index"], row) for row in self.path.read_bytes().splitlines(keepends=True)]
             ordered = sorted(rows, key=lambda item: item[0])
             if ordered != rows:
                 write_atomically(self.path, b"".join(row for _, row in ordered))
-
-    def _write(self, index: int) -> None:
-        data = self._waiting.pop(index)
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        self.finished.add(index)
 
     def _check_run(self, run: Mapping[str, Any]) -> None:
         try:
@@ -95,7 +85,10 @@ class ResultFile:
         for name in sorted(set(settings) | set(run["settings"])):
             before, now = settings.get(name), run["settings"].get(name)
             if before != now:
-                raise ResultsError(f"{self.path}: was begun with {name} {before!r}, now it is {now!r}; use the same")
+                raise ResultsError(
+                    f"{self.path}: was begun with {name} {before!r}, now it is {now!r}; use the same, remove "
+                    f"{self.path.name} and {self._run_path.name}, or choose another output"
+                )
         # The input may have grown since: the lines that were there must be the same.
         for index, (before, now) in enumerate(zip(digests, run["lines"], strict=False)):
             if before != now:
@@ -114,7 +107,7 @@ class ResultFile:
                 index, reason = record["index"], record["finish_reason"]
             except (ValueError, KeyError, TypeError):
                 raise ResultsError(f"{self.path}:{number}: not a result line; the file was changed") from None
-            if index in self.finished or index not in range(len(self._expected)):
+            if index in self.finished or index not in self._expected:
                 raise ResultsError(f"{self.path}:{number}: index {index!r} is repeated or not in the input")
             self.finished.add(index)
             self.failed += reason == "error"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_v4.generation import round_up
+from deepseek_v4.engine.scheduling import round_up
 from deepseek_v4.model import Cache, Model, Params
 
 

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from deepseek_v4.checkpoint import open_huggingface, to_orbax
 from deepseek_v4.default_model import write_default
-from deepseek_v4.generation import Generator, Request, round_up
+from deepseek_v4.engine import Engine, Pool, Request
+from deepseek_v4.engine.scheduling import round_up
 from deepseek_v4.layer_spec import layer_specs
 from deepseek_v4.loading import open_model, simulate_devices
 from deepseek_v4.requests import text_prompt
@@ -95,27 +96,29 @@ def _run(args: Arguments, directory: Path, console: Console) -> None:
     assert loaded.tokenizer is not None
     prompt = text_prompt(args.prompt, loaded.model.config.vocab_size, loaded.tokenizer)
     requests = [
-        Request(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stream)
+        Request(
+            prompt,
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            stream=stream,
+        )
         for stream in range(args.batch_size)
     ]
-    generator = Generator(
-        loaded.model,
-        params,
-        batch_size=args.batch_size,
-        max_length=len(prompt) + args.max_new_tokens,
-        prefill_chunk=round_up(len(prompt), 16),
-    )
-    generator.compile()
-    step("4. compiled one program for prompts and one for decoding")
+    pool = Pool(args.batch_size, requests[0].total)
+    engine = Engine(loaded.model, params, [pool], chunks=(round_up(len(prompt), 16),))
+    engine.compile()
+    step("4. compiled the programs that read prompts and decode")
 
     console.print(f"[bold]{args.prompt}[/]", end="", markup=True)
     text = loaded.tokenizer.stream()
-    for token in generator.run(requests):
-        if token.index == 0:
-            shown = token.token_ids if token.finish_reason != "stop" else ()
+    for update in engine.run(requests):
+        if update.request_id == 0:
+            shown = update.token_ids if update.finish_reason != "stop" else ()
             console.out(text.push(shown), end="", highlight=False)
     console.out(text.finish(), highlight=False)
-    statistics = generator.statistics
+    statistics = engine.statistics
     step(
         f"5. generated {statistics.new_tokens} tokens in {len(requests)} sequences: "
         f"{statistics.decode_rate / loaded.chips:.1f} tokens/s per chip, "

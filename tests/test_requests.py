@@ -88,6 +88,32 @@ def test_bad_lines_say_what_is_wrong(tokenizer, line, said):
     assert said.lower() in str(caught.value).lower()
 
 
+def test_a_line_may_bring_its_own_settings():
+    own = {"max_new_tokens": 3, "temperature": 1, "top_k": 5, "stop": ["a"], "stop_ids": [7], "logprobs": 0}
+    line = json.dumps({"token_ids": [1], **own})
+    assert parse_line(line, VOCAB, settings=True).settings == own | {"stop": ("a",), "stop_ids": (7,)}
+    with pytest.raises(RequestError, match="unknown key 'logprobs'"):
+        parse_line(line, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected an integer, found 1.5"),
+        ({"temperature": "hot"}, "temperature: expected a number, found a string"),
+        ({"top_k": True}, "top_k: expected an integer, found a boolean"),
+        ({"stop": "a"}, "stop: expected a list, found a string"),
+        ({"stop": [""]}, "stop: expected a list of strings that are not empty"),
+        ({"stop_ids": [4096]}, "stop_ids[0]: 4096 is outside the vocabulary"),
+        ({"seeds": 1}, "unknown key 'seeds'"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(setting, said):
+    with pytest.raises(RequestError) as caught:
+        parse_line(json.dumps({"token_ids": [1], **setting}), VOCAB, settings=True)
+    assert said in str(caught.value)
+
+
 def test_text_without_a_tokenizer_is_refused():
     with pytest.raises(RequestError, match=r"'prompt' needs the checkpoint's tokenizer.json"):
         parse_line('{"prompt": "x"}', VOCAB)

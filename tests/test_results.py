@@ -1,4 +1,4 @@
-"""The output file: input order, interruptions at any byte, and files that belong to something else."""
+"""The output file: results as they come, interruptions at any byte, and files that belong to something else."""
 
 import json
 
@@ -30,13 +30,12 @@ def whole(count):
 
 @settings(deadline=None)
 @given(order=st.permutations(range(7)))
-def test_results_are_written_in_input_order_as_soon_as_possible(tmp_path_factory, order):
+def test_results_are_written_as_they_come_and_sorted_at_the_end(tmp_path_factory, order):
     path = tmp_path_factory.mktemp("results") / "out.jsonl"
     with ResultFile(path, make_lines(7), SETTINGS) as results:
         for done, index in enumerate(order, start=1):
             results.add(record(index))
-            prefix = next((i for i in range(7) if i not in order[:done]), 7)
-            assert read(path) == whole(prefix)
+            assert read(path) == [record(i) for i in order[:done]]
     assert read(path) == whole(7)
 
 
@@ -51,7 +50,7 @@ def test_any_interruption_can_be_resumed(tmp_path_factory, order, stop, torn, mo
     kept = data[: len(data) - torn]  # the file system lost the end
     path.write_bytes(kept)
     survived = {json.loads(row)["index"] for row in kept.split(b"\n")[:-1]}
-    with ResultFile(path, make_lines(6 + more), SETTINGS, resume=True) as results:
+    with ResultFile(path, make_lines(6 + more), SETTINGS) as results:
         assert results.finished == survived
         for index in reversed(range(6 + more)):
             if index not in survived:
@@ -59,10 +58,10 @@ def test_any_interruption_can_be_resumed(tmp_path_factory, order, stop, torn, mo
     assert read(path) == whole(6 + more)
 
 
-def test_an_existing_file_is_not_touched_without_resume(tmp_path):
+def test_a_file_of_something_else_is_not_touched(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
-    with pytest.raises(ResultsError, match="--resume"):
+    with pytest.raises(ResultsError, match="nothing says which input"):
         ResultFile(path, make_lines(1), SETTINGS)
     assert path.read_text() == "precious"
 
@@ -87,7 +86,7 @@ def begun(tmp_path):
 def test_results_of_another_run_are_refused_and_kept(begun, lines, settings, said):
     before = begun.read_bytes()
     with pytest.raises(ResultsError) as caught:
-        ResultFile(begun, lines, settings, resume=True)
+        ResultFile(begun, lines, settings)
     assert said in str(caught.value)
     assert begun.read_bytes() == before
 
@@ -97,25 +96,25 @@ def test_a_changed_file_is_refused(begun, row):
     with begun.open("a") as file:
         file.write(row + "\n")
     with pytest.raises(ResultsError, match=":2: "):
-        ResultFile(begun, make_lines(3), SETTINGS, resume=True)
+        ResultFile(begun, make_lines(3), SETTINGS)
 
 
 def test_a_file_without_its_run_is_refused(begun):
     begun.with_name("out.jsonl.run.json").unlink()
     with pytest.raises(ResultsError, match="nothing says which input"):
-        ResultFile(begun, make_lines(3), SETTINGS, resume=True)
+        ResultFile(begun, make_lines(3), SETTINGS)
 
 
 def test_resuming_before_anything_was_written_is_a_start(tmp_path):
-    with ResultFile(tmp_path / "new" / "out.jsonl", make_lines(1), SETTINGS, resume=True) as results:
+    with ResultFile(tmp_path / "new" / "out.jsonl", make_lines(1), SETTINGS) as results:
         assert results.finished == set()
 
 
 def test_failures_are_counted_over_all_runs(begun):
-    with ResultFile(begun, make_lines(3), SETTINGS, resume=True) as results:
+    with ResultFile(begun, make_lines(3), SETTINGS) as results:
         results.add(record(1, "error"))
         assert results.failed == 1
-    with ResultFile(begun, make_lines(3), SETTINGS, resume=True) as results:
+    with ResultFile(begun, make_lines(3), SETTINGS) as results:
         assert results.failed == 1
         with pytest.raises(ValueError, match="has a result already"):
             results.add(record(1))

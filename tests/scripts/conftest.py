@@ -1,6 +1,7 @@
 """The scripts as functions, and one tiny checkpoint in both formats."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def script():
     def load(name):
         spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where tyro looks for the source of nested dataclasses
         spec.loader.exec_module(module)
         return module
 

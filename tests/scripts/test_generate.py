@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_v4.chat import encode_messages, parse_message_from_completion_text
-from deepseek_v4.generation import Generator
+from deepseek_v4.engine.session import Session
 from deepseek_v4.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,38 +137,58 @@ def test_strict_input_refuses_to_start(generate, orbax_checkpoint, tmp_path, cap
     assert "in.jsonl:3: " in errors
 
 
-def test_an_interrupted_run_is_resumed_to_the_same_bytes(
+def test_an_interrupted_run_is_continued_by_the_same_command(
     generate, orbax_checkpoint, source, finished, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "out.jsonl"
-    whole = Generator.run
+    whole = Session.take
 
-    def interrupted(self, requests):
-        ends = 0
-        for step in whole(self, requests):
-            yield step
-            ends += step.finish_reason is not None
-            if ends == 2:
-                raise KeyboardInterrupt
+    def interrupted(self, index, update):
+        whole(self, index, update)
+        if update.finish_reason is not None and len(read(output)) == 2:
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Generator, "run", interrupted)
+    monkeypatch.setattr(Session, "take", interrupted)
     assert generate.main(flags(orbax_checkpoint, source, output)) == 130
-    assert "stopped" in capsys.readouterr().err
+    assert "stopped; the same command goes on" in capsys.readouterr().err
     expected = read(finished)
-    assert read(output) == expected[:2]
+    before = read(output)
+    assert 2 <= len(before) < len(expected)
+    assert all(row == expected[row["index"]] for row in before)
     monkeypatch.undo()
 
-    assert generate.main(flags(orbax_checkpoint, source, output)) == 1
-    assert "--resume" in capsys.readouterr().err
-    assert generate.main(flags(orbax_checkpoint, source, output, resume=True, seed=1)) == 1
+    assert generate.main(flags(orbax_checkpoint, source, output, seed=1)) == 1
     assert "begun with seed 0" in capsys.readouterr().err
-    assert read(output) == expected[:2]
+    assert read(output) == before
 
     output.write_bytes(output.read_bytes()[:-9])  # as if killed in the middle of a write
-    assert generate.main(flags(orbax_checkpoint, source, output, resume=True)) == 0
+    assert generate.main(flags(orbax_checkpoint, source, output)) == 0
     assert output.read_bytes() == finished.read_bytes()
-    assert "1 of 6 requests were finished earlier" in capsys.readouterr().err
-    assert generate.main(flags(orbax_checkpoint, source, output, resume=True)) == 0  # nothing left to do
+    assert f"{len(before) - 1} of 6 requests were finished earlier" in capsys.readouterr().err
+    assert generate.main(flags(orbax_checkpoint, source, output)) == 0  # nothing left to do
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
+
+
+def test_lines_may_say_how_they_are_answered(generate, orbax_checkpoint, finished, tokenizer, tmp_path):
+    expected = read(finished)
+    word = tokenizer.decode(expected[0]["token_ids"][:4])[-3:]
+    rows = [
+        REQUESTS[0] | {"max_new_tokens": 3},
+        REQUESTS[1] | {"temperature": 1.0, "seed": 5, "top_k": 20, "min_p": 0.01},
+        REQUESTS[0] | {"stop": [word]},
+        REQUESTS[0] | {"top_p": 7},
+        REQUESTS[2] | {"stop_ids": expected[2]["token_ids"][5:6]},
+    ]
+    source = write(tmp_path / "in.jsonl", rows)
+    assert generate.main(flags(orbax_checkpoint, source, tmp_path / "out.jsonl")) == 1
+    short, sampled, stopped, wrong, by_id = read(tmp_path / "out.jsonl")
+    assert short["token_ids"] == expected[0]["token_ids"][:3]
+    assert sampled["token_ids"] != expected[1]["token_ids"]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == expected[0]["text"].partition(word)[0]
+    assert "in.jsonl:4: top_p: expected a number in (0, 1]" in wrong["error"]
+    assert by_id["finish_reason"] == "stop"
+    assert by_id["token_ids"] == expected[2]["token_ids"][: len(by_id["token_ids"])]
 
 
 def test_a_prompt_is_streamed(generate, orbax_checkpoint, finished, tokenizer, capsys):
