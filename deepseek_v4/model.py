@@ -11,6 +11,8 @@ function, so calling a compiled step flattens nothing but arrays.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +25,6 @@ from deepseek_v4.cache import layer_cache_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
-from deepseek_v4.nn.block import Tokens
 from deepseek_v4.nn.variables import RELEASED, Packed, Storage
 from deepseek_v4.parameters import (
     ParameterSpec,
@@ -38,6 +39,7 @@ from deepseek_v4.parameters import (
     stacked,
     stored_as,
 )
+from deepseek_v4.positions import Tokens, Training
 from deepseek_v4.sharding import check_placement
 
 Params = dict[str, Any]
@@ -50,6 +52,31 @@ class Output(NamedTuple):
     logits: jax.Array
     draft_logits: jax.Array | None
     cache: Cache | None
+
+
+Observed = dict[str, Any]
+"""What training sees of the layers: {"groups": ((member, ...), ...), "drafts": (block, ...)} of dicts by name."""
+
+
+class Hidden(NamedTuple):
+    """What a training pass returns: the inputs [B, S, d] of the vocabulary projection, and what the layers saw.
+
+    ``draft`` is that of the MTP block, or None. Values of ``observed`` are those that ``nn.block.Block`` returns,
+    stacked over the repetitions of a scan group.
+    """
+
+    main: jax.Array
+    draft: jax.Array | None
+    observed: Observed
+
+
+REMAT_POLICIES: Mapping[str, Any] = MappingProxyType(
+    {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "experts": jax.checkpoint_policies.save_only_these_names("expert_gate", "expert_up", "expert_out"),
+    }
+)
+"""What a backward pass finds of a layer's forward pass: nothing, or the products of its routed experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +146,7 @@ class Model:
         placement = self.execution.placement
 
         def abstract(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
-            sharding = None if placement is None else placement.sharding(spec.axes, spec.shape)
+            sharding = None if placement is None else placement.parameter_sharding(spec)
             return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
         return map_specs(abstract, self.parameter_specs())
@@ -195,21 +222,12 @@ class Model:
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache["position"]
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         tokens = Tokens(token_ids, start, lengths)
-        around = stored_as(self.shell_specs(), params["shell"], execution.quantise)
-        shell = nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), around)
-
-        embedded = shell.embed.weight[...][token_ids].astype(execution.activation_dtype)
-        embedded = execution.constrain(embedded, ("batch", None, None))
-        streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
-        new_groups = []
-        for index, group in enumerate(self.groups):
-            group_cache = None if cache is None else cache["groups"][index]
-            streams, group_cache = self._run_group(group, params["groups"][index], streams, tokens, group_cache)
-            new_groups.append(group_cache)
+        shell = self._shell(params)
+        embedded, streams, group_caches, _ = self._run_layers(shell, params, tokens, cache)
 
         new_cache = None
         if cache is not None:
-            new_cache = {**cache, "position": start + lengths, "groups": tuple(new_groups)}
+            new_cache = {**cache, "position": start + lengths, "groups": group_caches}
 
         def project(head, streams):
             if last_only:
@@ -221,13 +239,125 @@ class Model:
         logits = project(shell, streams)
         draft_logits = None
         if draft:
-            draft_streams, block, updates = self._run_draft(params["drafts"][0], embedded, streams, tokens, cache)
+            draft_streams, block, updates, _ = self._run_draft(params["drafts"][0], embedded, streams, tokens, cache)
             draft_logits = project(block, draft_streams)
             if new_cache is not None:
                 new_cache |= updates
         return Output(logits, draft_logits, new_cache)
 
-    def _run_group(self, group: ScanGroup, params, streams, tokens: Tokens, cache):
+    def draft_step(
+        self,
+        params: Params,
+        token_ids: jax.Array,
+        streams: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """One token through the MTP block alone, which may continue from its own output: what it says comes next.
+
+        token_ids int32 [B] at ``positions`` [B]; streams [B, 1, n, d] of the token before each: ``last_streams``, or
+        what this method returned for it. Rows whose ``lengths`` [B] is 0 instead of 1 are left as they are. Returns
+        logits float32 [B, vocab], the block's streams, and the cache, in which only the block's own ring has changed
+        and no position: the next ``forward`` with ``draft`` writes the same slots again.
+        """
+        execution = self.execution
+        shell = self._shell(params)
+        block = self._draft_block(params["drafts"][0])
+        tokens = Tokens(execution.constrain(token_ids[:, None], ("batch", None)), positions, lengths)
+        embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
+        drafted = block.combine(execution.constrain(embedded, ("batch", None, None)), streams, execution)
+        drafted, member, _ = block(drafted, tokens.before(), cache["drafts"][0], 0, execution, None)
+        logits = shell.head(block.output(drafted, execution), jnp.float32)
+        return logits[:, 0], drafted, {**cache, "drafts": (member,)}
+
+    def last_streams(self, cache: Cache) -> jax.Array:
+        """The main streams [B, 1, n, d] of each row's last token, as drafting needs them; 0 where there is none."""
+        start = cache["position"][:, None, None, None]
+        before = jnp.take_along_axis(cache["streams"], (start - 1) % cache["streams"].shape[1], axis=1)
+        return jnp.where(start > 0, before, 0)
+
+    def _draft_block(self, params: Params) -> Any:
+        graph = nnx.graphdef(draft_module(self.config, self.drafts[0], self.storage, self.adapters))
+        return nnx.merge(graph, self._used(self.draft_specs(self.drafts[0]), params))
+
+    def hidden(
+        self,
+        params: Params,
+        token_ids: jax.Array,
+        *,
+        training: Training,
+        positions: jax.Array | None = None,
+        draft: bool = False,
+        chosen: Observed | None = None,
+        remat: str | None = None,
+    ) -> Hidden:
+        """A training pass over whole rows, up to the vocabulary projection, which ``vocabulary`` returns.
+
+        token_ids int32 [B, S]. ``positions`` int32 [B, S], if given, are those of each token in its own document: a row
+        then holds several, and nothing passes from one to another. ``draft`` runs the MTP block too; what it returns
+        at a token predicts the next one, and is meaningless at the first of a document. ``chosen``, in the structure
+        of ``observed``, replaces the routers' choices by its "experts". ``remat`` names one of ``REMAT_POLICIES``
+        (None: the backward pass finds everything). Gradients reach the indexers through ``observed`` alone.
+        """
+        if draft and not self.drafts:
+            raise ValueError("this model has no MTP block (num_nextn_predict_layers is 0 or its drafter is not MTP)")
+        batch, length = token_ids.shape
+        execution = self.execution
+        token_ids = execution.constrain(token_ids.astype(jnp.int32), ("batch", None))
+        start, lengths = jnp.zeros(batch, jnp.int32), jnp.full(batch, length, jnp.int32)
+        tokens = Tokens(token_ids, start, lengths, positions, training)
+        shell = self._shell(params)
+        embedded, streams, _, groups = self._run_layers(shell, params, tokens, None, chosen, remat)
+        observed: Observed = {"groups": groups, "drafts": ()}
+        main = shell.output(streams, execution)
+        if not draft:
+            return Hidden(main, None, observed)
+
+        def run_draft(params, embedded, streams, chosen):
+            streams, block, _, seen = self._run_draft(params, embedded, streams, tokens, None, chosen)
+            return block.output(streams, execution), seen
+
+        if remat is not None:
+            run_draft = jax.checkpoint(run_draft, policy=REMAT_POLICIES[remat])
+        experts = None if chosen is None else chosen["drafts"][0]["experts"]
+        drafted, seen = run_draft(params["drafts"][0], embedded, streams, experts)
+        return Hidden(main, drafted, {**observed, "drafts": (seen,)})
+
+    def vocabulary(self, params: Params) -> jax.Array:
+        """The weight [vocab, d] of the vocabulary projection, as the forward pass uses it."""
+        return self._shell(params).head.weight[...]
+
+    def _shell(self, params: Params) -> Any:
+        around = self._used(self.shell_specs(), params["shell"])
+        return nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), around)
+
+    def _run_layers(self, shell, params, tokens: Tokens, cache, chosen=None, remat=None):
+        """(embedded, streams, caches of the groups, observed of the groups) of the main layers."""
+        execution = self.execution
+        embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
+        embedded = execution.constrain(embedded, ("batch", None, None))
+        streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
+        caches, observed = [], []
+        for index, group in enumerate(self.groups):
+            group_cache = None if cache is None else cache["groups"][index]
+            experts = None if chosen is None else tuple(member["experts"] for member in chosen["groups"][index])
+            streams, group_cache, seen = self._run_group(
+                group, params["groups"][index], streams, tokens, group_cache, experts, remat
+            )
+            caches.append(group_cache)
+            observed.append(seen)
+        return embedded, streams, tuple(caches), tuple(observed)
+
+    def _used(self, specs: Params, params: Params) -> Params:
+        """Parameters of one layer as modules take them: rounded as ``quantise`` says, gathered if they are cut."""
+        execution = self.execution
+        rounded = stored_as(specs, params, execution.quantise)
+        if execution.placement is None:
+            return rounded
+        return execution.placement.gathered(specs, rounded, execution.activation_dtype)
+
+    def _run_group(self, group: ScanGroup, params, streams, tokens: Tokens, cache, chosen=None, remat=None):
         graphs = [nnx.graphdef(block_module(self.config, spec, self.storage, self.adapters)) for spec in group.pattern]
         specs = [self.layer_specs(spec) for spec in group.pattern]
         scanned, whole = zip(
@@ -235,42 +365,45 @@ class Model:
             strict=True,
         )
 
+        def run_member(index, params, streams, cache, layer, chosen):
+            layer_params = nest(flatten(params) | whole[index])
+            block = nnx.merge(graphs[index], self._used(specs[index], layer_params))
+            streams, cache, seen = block(streams, tokens, cache, layer, self.execution, chosen)
+            return self.execution.constrain(streams, ("batch", None, None, None)), cache, seen
+
         def body(carry, inputs):
             streams, cache = carry
-            params, layer = inputs
-            members = []
-            for index, graph in enumerate(graphs):
-                layer_params = nest(flatten(params[index]) | whole[index])
-                block = nnx.merge(graph, stored_as(specs[index], layer_params, self.execution.quantise))
+            params, layer, chosen = inputs
+            members, observed = [], []
+            for index in range(len(graphs)):
+                run = functools.partial(run_member, index)
+                if remat is not None:
+                    # Inside a scan nothing could be merged across the barrier that this leaves out.
+                    run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
                 member = None if cache is None else cache[index]
-                streams, member = block(streams, tokens, member, layer, self.execution)
-                streams = self.execution.constrain(streams, ("batch", None, None, None))
+                streams, member, seen = run(
+                    params[index], streams, member, layer, None if chosen is None else chosen[index]
+                )
                 members.append(member)
-            return (streams, None if cache is None else tuple(members)), None
+                observed.append(seen)
+            return (streams, None if cache is None else tuple(members)), tuple(observed)
 
-        (streams, cache), _ = lax.scan(body, (streams, cache), (scanned, jnp.arange(group.repeats)))
-        return streams, cache
+        (streams, cache), observed = lax.scan(body, (streams, cache), (scanned, jnp.arange(group.repeats), chosen))
+        return streams, cache, observed
 
-    def _run_draft(self, params, embedded, streams, tokens: Tokens, cache):
+    def _run_draft(self, params, embedded, streams, tokens: Tokens, cache, chosen=None):
         """The MTP block over draft positions start - 1 .. start + S - 2: token t + 1 meets the main streams of t."""
         execution = self.execution
-        graph = nnx.graphdef(draft_module(self.config, self.drafts[0], self.storage, self.adapters))
-        block = nnx.merge(graph, stored_as(self.draft_specs(self.drafts[0]), params, execution.quantise))
-        batch, length = tokens.ids.shape
-        if cache is None:
-            before = jnp.zeros((batch, 1, *streams.shape[2:]), streams.dtype)
-        else:
-            slots = cache["streams"].shape[1]
-            index = ((tokens.start - 1) % slots)[:, None, None, None]
-            before = jnp.take_along_axis(cache["streams"], index, axis=1)
-            before = jnp.where(tokens.start[:, None, None, None] > 0, before, 0)
+        block = self._draft_block(params)
+        length = tokens.ids.shape[1]
+        before = jnp.zeros_like(streams[:, :1]) if cache is None else self.last_streams(cache)
         shifted = jnp.concatenate([before, streams[:, :-1]], axis=1)
-        draft_tokens = tokens._replace(start=tokens.start - 1)
         draft_streams = block.combine(embedded, shifted, execution)
         member = None if cache is None else cache["drafts"][0]
-        draft_streams, member = block(draft_streams, draft_tokens, member, 0, execution)
+        draft_streams, member, seen = block(draft_streams, tokens.before(), member, 0, execution, chosen)
         updates = {}
         if cache is not None:
+            slots = cache["streams"].shape[1]
             positions = tokens.start[:, None] + jnp.arange(length)
             offsets = jnp.arange(length)
             kept = (offsets < tokens.lengths[:, None]) & (offsets >= tokens.lengths[:, None] - slots)
@@ -279,7 +412,7 @@ class Model:
                 cache["streams"], index, streams
             )
             updates = {"drafts": (member,), "streams": stored}
-        return draft_streams, block, updates
+        return draft_streams, block, updates, seen
 
 
 def _split_whole_stacks(specs: Params, params: Params) -> tuple[Params, dict[Path, jax.Array]]:

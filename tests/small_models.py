@@ -5,8 +5,10 @@ and ``decoded`` turns them into the float64 arrays of the oracle, without the co
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,12 @@ from deepseek_v4 import Config, Execution, Model
 from deepseek_v4.config import YarnScaling
 from deepseek_v4.nn.variables import RELEASED, Storage
 from deepseek_v4.parameters import flatten, nest
+
+
+def compiled(function: Callable) -> Callable:
+    """``jax.jit`` without LLVM's optimisations: the same arithmetic, in a third of the compile time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
 
 FLASH_LIKE = (0, 0, 4, 128, 4, 128, 4)
 PRO_LIKE = (128, 128, 4, 128, 4, 128, 4)

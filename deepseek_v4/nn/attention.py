@@ -14,9 +14,9 @@ from deepseek_v4.nn.indexer import Indexer
 from deepseek_v4.nn.linear import Linear
 from deepseek_v4.nn.norm import RMSNorm, rms_norm
 from deepseek_v4.nn.variables import Storage, Weight, variable
+from deepseek_v4.positions import Tokens, entry_range
 from deepseek_v4.rope import apply_rope
-from deepseek_v4.visibility import visible_entries
-from pallas_kernels.compressed_attention import compressed_attention
+from pallas_kernels.compressed_attention import compressed_attention, index_divergence
 
 
 class Attention(nnx.Module):
@@ -45,22 +45,23 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        tokens: Tokens,
         cache: dict[str, jax.Array] | None,
         layer: jax.Array | int,
-        start: jax.Array,
-        lengths: jax.Array,
         execution: Execution,
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """Attends from the tokens of positions start .. start + S - 1 of each row, of which ``lengths`` are real.
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None, dict[str, jax.Array]]:
+        """Attends from each of the tokens of a call to its window and to the entries that it may see.
 
         x [B, S, d] is the normed layer input; cache the layer group's arrays [n, B, ...], of which ``layer`` is read
-        and written, or None for sequences that begin at position 0 and are not continued. A negative ``start`` marks
-        leading tokens that do not exist. Returns [B, S, d] and the updated cache.
+        and written, or None for sequences that begin at position 0 and are not continued. A negative position marks a
+        leading token that does not exist. Returns [B, S, d], the updated cache, and what training asked for:
+        ``index_loss``, the indexer's mean divergence from this attention.
         """
         c, spec = self.config, self.spec
         batch, length, _ = x.shape
-        positions = start[:, None] + jnp.arange(length)
+        start, lengths, positions = tokens.start, tokens.lengths, tokens.positions
         updates: dict[str, jax.Array] = {}
+        observed: dict[str, jax.Array] = {}
 
         qr = self.q_norm(self.wq_a(x, execution))
         q = self.wq_b(qr, execution).reshape(batch, length, c.num_attention_heads, c.head_dim)
@@ -74,21 +75,23 @@ class Attention(nnx.Module):
         else:
             window, ring = kv, cache["window"]
             updates["window"] = ring_write(ring, layer, start, lengths, kv)
+        # How much of the window is of the same document; what precedes a whole row does not exist.
+        window_counts = None
+        if tokens.documents is not None:
+            window_counts = jnp.clip(positions + 1, 0, c.sliding_window)
 
-        entries = counts = indices = None
+        entries = first = counts = indices = scores = None
         if self.compressor is not None:
-            # Padding sees what the last real token sees: entries beyond that have not been written.
-            last = (start + lengths)[:, None] - 1
-            counts = visible_entries(jnp.minimum(positions, last), spec.compress_ratio)
+            first, counts = entry_range(tokens, spec.compress_ratio)
             entries, _, new = self.compressor(
-                x, cache, layer, start, lengths, lambda rows: self._stored(rows, execution), execution
+                x, tokens, cache, layer, lambda rows: self._stored(rows, execution), execution
             )
             updates |= new
             if self.indexer is not None:
-                indices, new = self.indexer(x, qr, cache, layer, start, lengths, counts, execution)
+                indices, scores, new = self.indexer(x, qr, tokens, cache, layer, first, counts, execution)
                 updates |= new
 
-        def attend(q, window, sink, start, ring, entries, layer, counts, indices):
+        def attend(q, window, sink, start, ring, entries, layer, counts, indices, window_counts, first):
             return compressed_attention(
                 q,
                 window,
@@ -99,6 +102,8 @@ class Attention(nnx.Module):
                 layer=layer,
                 counts=counts,
                 indices=indices,
+                window_counts=window_counts,
+                first_entries=first,
                 window_size=c.sliding_window,
                 scale=c.head_dim**-0.5,
                 implementation=execution.implementation,
@@ -107,18 +112,34 @@ class Attention(nnx.Module):
         rows, heads, stacked = ("batch", None, None), ("batch", None, "heads", None), (None, "batch", None, None)
         # Without a cache the entries of this call are the only layer there is.
         layer = jnp.asarray(0 if cache is None else layer)
-        out = execution.per_shard(
-            attend,
-            (q, window, self.attn_sink[...], start, ring, entries, layer, counts, indices),
-            (heads, rows, ("heads",), ("batch",), stacked, stacked, (), ("batch", None), rows),
-            heads,
-        )
+        per_token = ("batch", None)
+        inputs = (q, window, self.attn_sink[...], start, ring, entries, layer, counts, indices, window_counts, first)
+        axes = (heads, rows, ("heads",), ("batch",), stacked, stacked, (), per_token, rows, per_token, per_token)
+        out = execution.per_shard(attend, inputs, axes, heads)
+        if scores is not None:
+            assert tokens.training is not None
+
+            def teach(scores, *inputs):
+                return index_divergence(
+                    scores,
+                    *inputs,
+                    window_size=c.sliding_window,
+                    scale=c.head_dim**-0.5,
+                    sum_over=() if execution.placement is None else execution.placement.mesh_axes("heads"),
+                )
+
+            divergence = execution.per_shard(teach, (scores, *jax.lax.stop_gradient(inputs)), (rows, *axes), per_token)
+            assert counts is not None
+            # A query without entries has nothing to select.
+            seen = tokens.training.real & ((counts if first is None else counts - first) > 0)
+            observed["index_loss"] = jnp.sum(jnp.where(seen, divergence, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
         # Keys carry their position into the values; turning the output back makes it relative.
         out = apply_rope(out, positions[..., None], spec.rope, inverse=True)
         out = out.reshape(batch, length, c.o_groups, -1)
         out = self.wo_a(execution.constrain(out, ("batch", None, "o_groups", None)), execution)
         out = self.wo_b(out.reshape(batch, length, -1), execution)
-        return execution.constrain(out, ("batch", None, None)), (None if cache is None else {**cache, **updates})
+        out = execution.constrain(out, ("batch", None, None))
+        return out, (None if cache is None else {**cache, **updates}), observed
 
     def _stored(self, entries: jax.Array, execution: Execution) -> jax.Array:
         return simulate_kv(entries, self.spec.rope.dims) if "kv" in execution.simulate else entries

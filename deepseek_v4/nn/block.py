@@ -1,7 +1,5 @@
 """A transformer block and its draft sibling (architecture sections 5 and 8)."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,15 +12,8 @@ from deepseek_v4.nn.linear import Linear
 from deepseek_v4.nn.moe import MoE
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
+from deepseek_v4.positions import Tokens
 from pallas_kernels.hyper_connection import head_mix, post_mix, pre_mix
-
-
-class Tokens(NamedTuple):
-    """The tokens of one call: ids [B, S], position of the first of each row [B], how many are real [B]."""
-
-    ids: jax.Array
-    start: jax.Array
-    lengths: jax.Array
 
 
 class Block(nnx.Module):
@@ -49,14 +40,19 @@ class Block(nnx.Module):
         cache: dict[str, jax.Array] | None,
         layer: jax.Array | int,
         execution: Execution,
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """streams [B, S, n, d] to the same shape, and the updated cache."""
+        chosen: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None, dict[str, jax.Array]]:
+        """streams [B, S, n, d] to the same shape, the updated cache, and what training asked for.
+
+        ``chosen`` [B, S, K], if given, are the experts to use.
+        """
         x, post, comb = self._pre("attn", streams, execution)
-        y, cache = self.attn(self.attn_norm(x), cache, layer, tokens.start, tokens.lengths, execution)
+        y, cache, observed = self.attn(self.attn_norm(x), tokens, cache, layer, execution)
         streams = post_mix(y, streams, post, comb, implementation=execution.implementation)
         x, post, comb = self._pre("ffn", streams, execution)
-        y = self.ffn(self.ffn_norm(x), tokens.ids, layer, execution)
-        return post_mix(y, streams, post, comb, implementation=execution.implementation), cache
+        y, routed = self.ffn(self.ffn_norm(x), tokens, layer, execution, chosen)
+        streams = post_mix(y, streams, post, comb, implementation=execution.implementation)
+        return streams, cache, observed | routed
 
     def _pre(self, sublayer: str, streams: jax.Array, execution: Execution):
         return pre_mix(

@@ -13,6 +13,7 @@ from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.linear import PlainLinear
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
+from deepseek_v4.positions import Tokens, window_ends
 from pallas_kernels.compress import compress
 
 
@@ -36,24 +37,23 @@ class Compressor(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        tokens: Tokens,
         cache: dict[str, jax.Array] | None,
         layer: jax.Array | int,
-        start: jax.Array,
-        lengths: jax.Array,
         stored: Callable[[jax.Array], jax.Array],
         execution: Execution,
     ) -> tuple[jax.Array, jax.Array | int, dict[str, jax.Array]]:
         """All entries so far, among them those of every window that ends inside this call.
 
-        x [B, S, d] are the tokens of positions start .. start + S - 1 [B], of which the first ``lengths`` [B] are
-        real; ``cache`` the layer group's arrays, of which ``layer`` is read and written, or None at the beginning of
-        sequences that are not continued; ``stored`` gives an entry the form in which it is kept. Returns the entries
-        [n, B, T, width], the layer to read of them, and the updated cache arrays.
+        x [B, S, d] are the inputs of ``tokens``; ``cache`` the layer group's arrays, of which ``layer`` is read and
+        written, or None at the beginning of sequences that are not continued; ``stored`` gives an entry the form in
+        which it is kept. Returns the entries [n, B, T, width], the layer to read of them, and the updated cache arrays.
         """
-        ratio, length = self.spec.compress_ratio, x.shape[1]
-        positions = start[:, None] + jnp.arange(length)
+        ratio, length, start, lengths = self.spec.compress_ratio, x.shape[1], tokens.start, tokens.lengths
         kv = self.wkv(x, jnp.float32)
-        score = self.wgate(x, jnp.float32) + self.ape[...][positions % ratio]
+        score = self.wgate(x, jnp.float32) + self.ape[...][tokens.positions % ratio]
+        if tokens.documents is not None:
+            return stored(self._packed(kv, score, tokens.documents, execution))[None], 0, {}
         rings = {} if cache is None else {name: cache[self.prefix + name] for name in ("entries", "kv", "score")}
 
         # Rows in position order, from the window before the one that `start` falls in (CSA) or from that one (HCA).
@@ -72,18 +72,7 @@ class Compressor(nnx.Module):
             joined = jnp.pad(joined, [(0, 0), (0, max(0, ratio - 1 + rows - joined.shape[1])), (0, 0)])
             return jax.vmap(lambda a, at: jax.lax.dynamic_slice_in_dim(a, at, rows, axis=0))(joined, offset)
 
-        new = compress(
-            aligned(kv, rings.get("kv")),
-            aligned(score, rings.get("score")),
-            self.norm.weight[...],
-            first,
-            ratio=ratio,
-            overlap=self.spec.overlap,
-            rope=self.spec.rope,
-            norm_eps=self.eps,
-            dtype=execution.activation_dtype,
-            implementation=execution.implementation,
-        )
+        new = self._pool(aligned(kv, rings.get("kv")), aligned(score, rings.get("score")), first, execution)
         new = stored(new)
         if cache is None:
             return new[None], 0, {}
@@ -94,3 +83,32 @@ class Compressor(nnx.Module):
             "score": ring_write(rings["score"], layer, start, lengths, score),
         }
         return updates["entries"], layer, {self.prefix + name: array for name, array in updates.items()}
+
+    def _pool(self, kv: jax.Array, score: jax.Array, first: jax.Array, execution: Execution) -> jax.Array:
+        return compress(
+            kv,
+            score,
+            self.norm.weight[...],
+            first,
+            ratio=self.spec.compress_ratio,
+            overlap=self.spec.overlap,
+            rope=self.spec.rope,
+            norm_eps=self.eps,
+            dtype=execution.activation_dtype,
+            implementation=execution.implementation,
+        )
+
+    def _packed(self, kv: jax.Array, score: jax.Array, documents: jax.Array, execution: Execution) -> jax.Array:
+        """Entries of rows of several documents, in the order in which they are completed: [B, T, width]."""
+        ratio, batch = self.spec.compress_ratio, kv.shape[0]
+        ends = window_ends(documents, ratio)
+        index = jnp.maximum(ends[..., None] + jnp.arange(1 - self.spec.pool_rows, 1), 0)
+
+        def windows(rows: jax.Array) -> jax.Array:
+            taken = jax.vmap(lambda a, i: a[i])(rows, index.reshape(batch, -1))
+            return taken.reshape(-1, self.spec.pool_rows, rows.shape[-1])
+
+        first = (jnp.take_along_axis(documents, ends, axis=1) // ratio).reshape(-1)
+        # Every window is a row of its own: its neighbours may be another document's.
+        entries = self._pool(windows(kv), windows(score), first, execution)
+        return entries.reshape(batch, ends.shape[1], -1)

@@ -1,5 +1,7 @@
 """The lightning indexer of CSA layers: which compressed entries each query attends to (architecture section 4)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,8 +13,9 @@ from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.compressor import Compressor
 from deepseek_v4.nn.linear import Linear, PlainLinear
 from deepseek_v4.nn.variables import Storage
+from deepseek_v4.positions import Tokens
 from deepseek_v4.rope import apply_rope
-from pallas_kernels.index_topk import index_topk
+from pallas_kernels.index_topk import index_scores, index_topk, select_topk
 
 
 class Indexer(nnx.Module):
@@ -22,7 +25,10 @@ class Indexer(nnx.Module):
         self.config = config
         self.spec = spec
         heads, dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = Linear(heads * dim, config.q_lora_rank, ("index_heads", "q_lora"), storage)
+        # Queries are independent by head group, of which there are as many as in attention.
+        groups = math.gcd(heads, config.o_groups)
+        matrices = groups * (heads * dim // groups,)
+        self.wq_b = Linear(heads * dim, config.q_lora_rank, ("index_heads", "q_lora"), storage, matrices=matrices)
         self.weights_proj = PlainLinear(heads, config.hidden_size, ("index_heads", "embed"), storage)
         self.compressor = Compressor(config, spec, dim, storage, prefix="index_")
 
@@ -30,57 +36,71 @@ class Indexer(nnx.Module):
         self,
         x: jax.Array,
         qr: jax.Array,
+        tokens: Tokens,
         cache: dict[str, jax.Array] | None,
         layer: jax.Array | int,
-        start: jax.Array,
-        lengths: jax.Array,
+        first: jax.Array | None,
         counts: jax.Array,
         execution: Execution,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array | None, jax.Array | None, dict[str, jax.Array]]:
         """Indices [B, S, min(index_topk, T)] (-1 pads) of the entries each query selects, and the cache updates.
 
-        x [B, S, d] is the layer input, qr [B, S, q_lora_rank] the query latent, counts [B, S] the visible entries.
-        Index keys are stored from the first token on, also while every visible entry would be selected anyway.
+        x [B, S, d] is the layer input, qr [B, S, q_lora_rank] the query latent, ``first`` (None for 0) and ``counts``
+        [B, S] the range of visible entries. Index keys are stored from the first token on, also while every visible
+        entry would be selected anyway. In training, what learns from the divergence gets its scores [B, S, T] too,
+        whose gradient stops at x and qr; no indices (None) mean all visible entries.
         """
         config = self.config
         heads, dim = config.index_n_heads, config.index_head_dim
+        learns = "off" if tokens.training is None else tokens.training.indexer
+        if tokens.training is not None:
+            x, qr = jax.lax.stop_gradient((x, qr))
         keys, key_layer, updates = self.compressor(
-            x, cache, layer, start, lengths, lambda keys: self._quantised(keys, execution), execution
+            x, tokens, cache, layer, lambda keys: self._quantised(keys, execution), execution
         )
 
-        positions = start[:, None] + jnp.arange(x.shape[1])
         q = self.wq_b(qr, execution).reshape(*qr.shape[:-1], heads, dim)
         q = execution.constrain(q, ("batch", None, "index_heads", None))
-        q = self._quantised(apply_rope(q, positions[..., None], self.spec.rope), execution)
+        q = self._quantised(apply_rope(q, tokens.positions[..., None], self.spec.rope), execution)
         weights = self.weights_proj(x, execution.activation_dtype).astype(jnp.float32) * (heads * dim) ** -0.5
         placement = execution.placement
         head_shards = () if placement is None else placement.mesh_axes("index_heads")
+        rows = ("batch", None, None)
+        arguments = (q, weights, keys, counts, jnp.asarray(key_layer), first)
+        axes = (
+            ("batch", None, "index_heads", None),
+            ("batch", None, "index_heads"),
+            (None, "batch", None, None),
+            ("batch", None),
+            (),
+            ("batch", None),
+        )
 
-        def select(q, weights, keys, counts, layer):
+        if learns != "off":
+            # Scores are wanted in any case: select from them.
+            def score(q, weights, keys, counts, layer, first):
+                return index_scores(q, weights, keys, counts, first_entries=first, layer=layer, sum_over=head_shards)
+
+            scores = execution.per_shard(score, arguments, axes, rows)
+            if learns == "dense":
+                return None, scores, updates
+            indices = execution.per_shard(lambda s: select_topk(s, config.index_topk), (scores,), (rows,), rows)
+            return indices, scores, updates
+
+        def select(q, weights, keys, counts, layer, first):
             return index_topk(
                 q,
                 weights,
                 keys,
                 counts,
+                first_entries=first,
                 layer=layer,
                 k=config.index_topk,
                 sum_over=head_shards,
                 implementation=execution.implementation,
             )
 
-        indices = execution.per_shard(
-            select,
-            (q, weights, keys, counts, jnp.asarray(key_layer)),
-            (
-                ("batch", None, "index_heads", None),
-                ("batch", None, "index_heads"),
-                (None, "batch", None, None),
-                ("batch", None),
-                (),
-            ),
-            ("batch", None, None),
-        )
-        return indices, updates
+        return execution.per_shard(select, arguments, axes, rows), None, updates
 
     def _quantised(self, vectors: jax.Array, execution: Execution) -> jax.Array:
         # Queries and keys alike: on one side only, the Hadamard rotation would not cancel in their product.

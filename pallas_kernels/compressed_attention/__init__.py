@@ -24,6 +24,8 @@ def compressed_attention(
     layer: jax.Array | int = 0,
     counts: jax.Array | None = None,
     indices: jax.Array | None = None,
+    window_counts: jax.Array | None = None,
+    first_entries: jax.Array | None = None,
     window_size: int,
     scale: float,
     implementation: str | None = None,
@@ -42,11 +44,19 @@ def compressed_attention(
     With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.
 
+    Where rows hold several documents, ``window_counts`` [B, S] int32 says how many of its last ``window_size`` tokens a
+    query sees (itself among them; 0 for none), and ``first_entries`` [B, S] from which entry on it sees them; no kernel
+    serves these.
+
     Softmax and accumulation are float32. Returns [B, S, H, c] in the dtype of q, still rotated. A row's output does
     not depend on the other rows, on T, or on the padding of indices. Gradients flow to q, window, sink, ring and plain
     entries; the kernels' are those of the twin, recomputed. Source: paper 2.3.
     """
     unserved = tpu.unserved_by(q, entries, indices, window_size)
+    packed = {}
+    if window_counts is not None:
+        packed = {"window_counts": window_counts, "first_entries": first_entries}
+        unserved = dict.fromkeys(unserved, lambda chip: "rows of several documents")
     function = choose("compressed_attention", _IMPLEMENTATIONS, implementation, unserved)
     return function(
         q=q,
@@ -60,4 +70,50 @@ def compressed_attention(
         indices=indices,
         window_size=window_size,
         scale=scale,
+        **packed,
+    )
+
+
+def index_divergence(
+    scores: jax.Array,
+    q: jax.Array,
+    window: jax.Array,
+    sink: jax.Array,
+    start: jax.Array,
+    ring: jax.Array | None,
+    entries: jax.Array,
+    layer: jax.Array | int,
+    counts: jax.Array,
+    indices: jax.Array | None,
+    window_counts: jax.Array | None,
+    first_entries: jax.Array | None,
+    *,
+    window_size: int,
+    scale: float,
+    sum_over: tuple[str, ...] = (),
+) -> jax.Array:
+    """How far the indexer is from the attention that it should foresee: KL(p || softmax(scores)) per query, float32.
+
+    p is what ``compressed_attention`` with the same arguments gives to each entry, summed over heads and normalised
+    over the entries (the selected ones, with ``indices``; the softmax that it is part of includes window and sink);
+    scores [B, S, T] float32 are the indexer's, -inf where an entry is not visible. Returns [B, S], 0 for queries
+    without entries; gradients reach the scores alone. ``sum_over`` names mesh axes that split the heads. There is one
+    implementation, in XLA. Source: V3.2 report, indexer training.
+    """
+    return xla.index_divergence(
+        scores,
+        q,
+        window,
+        sink,
+        start,
+        ring,
+        entries,
+        layer,
+        counts,
+        indices,
+        window_counts,
+        first_entries,
+        window_size=window_size,
+        scale=scale,
+        sum_over=sum_over,
     )

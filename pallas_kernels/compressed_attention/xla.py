@@ -1,4 +1,10 @@
-"""The readable twin of ``compressed_attention``: blocks of queries, dense masks, one float32 softmax."""
+"""The readable twin of ``compressed_attention``: blocks of queries, dense masks, one float32 softmax.
+
+``index_divergence`` asks the same softmax for the weight of every entry, as the teacher of the indexer.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +19,104 @@ _QUERY_BLOCK = 128
 _GATHER_ELEMENTS = 1 << 25  # bounds the [B, block, K, c] gather of selected entries
 
 
-def compressed_attention(q, window, sink, start, *, ring, entries, layer, counts, indices, window_size, scale):
+class _Queries(NamedTuple):
+    """A block of queries [B, S, ...] with the keys of their windows, own rows last, and what goes with each (or None)."""
+
+    q: jax.Array
+    window: jax.Array
+    window_counts: jax.Array
+    first_entries: Any
+    counts: Any
+    indices: Any
+    extra: Any
+
+
+def compressed_attention(q, window, sink, start, *, scale, **arguments):
     """See ``pallas_kernels.compressed_attention.compressed_attention``."""
-    batch, length, heads, width = q.shape
+
+    def attend(queries: _Queries, entries):
+        weights, keys, total = _softmax(queries, sink, entries, scale)
+        out = sum(
+            _dot("bqhk,bkc->bqhc" if k.ndim == 3 else "bqhk,bqkc->bqhc", w.astype(q.dtype), k)
+            for w, k in zip(weights, keys, strict=True)
+        )
+        return (out / total).astype(q.dtype)
+
+    return _in_blocks(attend, q, window, start, **arguments)
+
+
+def index_divergence(
+    scores,
+    q,
+    window,
+    sink,
+    start,
+    ring,
+    entries,
+    layer,
+    counts,
+    indices,
+    window_counts,
+    first_entries,
+    *,
+    window_size,
+    scale,
+    sum_over=(),
+):
+    """See ``pallas_kernels.compressed_attention.index_divergence``."""
+
+    def diverge(queries: _Queries, entries):
+        weights, _, total = _softmax(queries, sink, entries, scale)
+        taught = jnp.sum(weights[1] / total, axis=2)
+        taught = lax.psum(taught, sum_over) if sum_over else taught
+        size = jnp.sum(taught, axis=-1, keepdims=True)
+        taught = lax.stop_gradient(taught / jnp.where(size > 0, size, 1))
+        student = queries.extra
+        if queries.indices is not None:
+            student = jnp.take_along_axis(student, jnp.maximum(queries.indices, 0), axis=-1)
+            student = jnp.where(queries.indices >= 0, student, -jnp.inf)
+        seen = student > -jnp.inf
+        # Queries that see nothing keep finite numbers, in the gradient too.
+        student = jnp.where(jnp.any(seen, axis=-1, keepdims=True), student, 0.0)
+        log_student = jnp.where(seen, jax.nn.log_softmax(student, axis=-1), 0.0)
+        log_taught = jnp.log(jnp.where(taught > 0, taught, 1.0))
+        return jnp.sum(jnp.where(seen, taught * (log_taught - log_student), 0.0), axis=-1)
+
+    return _in_blocks(
+        diverge,
+        q,
+        window,
+        start,
+        ring=ring,
+        entries=entries,
+        layer=layer,
+        counts=counts,
+        indices=indices,
+        window_size=window_size,
+        window_counts=window_counts,
+        first_entries=first_entries,
+        extra=scores,
+    )
+
+
+def _in_blocks(
+    function: Callable[[_Queries, Any], jax.Array],
+    q,
+    window,
+    start,
+    *,
+    ring,
+    entries,
+    layer,
+    counts,
+    indices,
+    window_size,
+    window_counts=None,
+    first_entries=None,
+    extra=None,
+):
+    """``function`` of blocks of queries and the entries [B, T, c], its results [B, block, ...] joined: [B, S, ...]."""
+    batch, length, _, width = q.shape
     if ring is not None:
         window = jnp.concatenate([ring_read(ring, layer, start, window_size - 1), window], axis=1)
     if entries is not None:
@@ -24,74 +125,82 @@ def compressed_attention(q, window, sink, start, *, ring, entries, layer, counts
         # What no query of the row can see is not data: 0 * NaN would still poison the sum over values.
         readable = jnp.arange(entries.shape[1]) < jnp.max(counts, axis=1, keepdims=True)
         entries = jnp.where(readable[..., None], entries, 0)
-    window_positions = start[:, None] - (window_size - 1) + jnp.arange(window.shape[1])
-    window = jnp.where(window_positions[..., None] >= 0, window, 0)
+    positions = start[:, None] - (window_size - 1) + jnp.arange(window.shape[1])
+    window = jnp.where(positions[..., None] >= 0, window, 0)
+    exist = jnp.clip(start[:, None] + jnp.arange(length) + 1, 0, window_size)
+    window_counts = exist if window_counts is None else jnp.minimum(window_counts, exist)
 
     block = min(length, _QUERY_BLOCK)
     if indices is not None:
         block = max(1, min(block, _GATHER_ELEMENTS // (batch * indices.shape[-1] * width)))
     blocks = -(-length // block)
-    padding = blocks * block - length
-    if padding:
-        q, window, counts, indices = (
-            None if a is None else jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2))
-            for a in (q, window, counts, indices)
-        )
 
-    def attend(first):
-        """Queries first .. first + block - 1 of every row."""
-
-        def rows(a, count=block):
-            return lax.dynamic_slice_in_dim(a, first, count, axis=1)
-
-        return _attend_block(
-            rows(q),
-            rows(window, block + window_size - 1),
-            sink,
-            start + first,
-            entries,
-            None if counts is None else rows(counts),
-            None if indices is None else rows(indices),
-            window_size,
-            scale,
-        )
-
+    # Recomputed in a backward pass: the scores of all blocks together are what should never be in memory.
+    run = jax.checkpoint(lambda queries: function(queries, entries))
     if blocks == 1:
-        return attend(0)[:, :length]
-    out = lax.map(attend, jnp.arange(blocks) * block)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, heads, width)[:, :length]
+        return run(_Queries(q, window, window_counts, first_entries, counts, indices, extra))
+
+    def cut(a):
+        if a is None:
+            return None
+        a = jnp.pad(a, [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(batch, blocks, block, *a.shape[2:]), 1, 0)
+
+    windows = _overlapping(window, blocks, block, window_size - 1)
+    rest = (window_counts, first_entries, counts, indices, extra)
+    out = lax.map(run, _Queries(cut(q), windows, *map(cut, rest)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, *out.shape[3:])[:, :length]
 
 
-def _attend_block(q, window, sink, start, entries, counts, indices, window_size, scale):
+def _overlapping(window, blocks, block, history):
+    """The keys of every block of queries, their own rows last: [blocks, B, rows, c] of window [B, history + S, c]."""
+    batch, rows, width = window.shape
+    if block >= history:
+        # Two whole blocks each, the previous and their own: no gather, and no scatter in a backward pass.
+        window = jnp.pad(window, [(0, 0), (block - history, blocks * block + history - rows), (0, 0)])
+        window = jnp.moveaxis(window.reshape(batch, blocks + 1, block, width), 1, 0)
+        return jnp.concatenate([window[:-1], window[1:]], axis=2)
+    window = jnp.pad(window, [(0, 0), (0, blocks * block + history - rows), (0, 0)])
+    index = jnp.arange(blocks)[:, None] * block + jnp.arange(block + history)
+    return jnp.moveaxis(window[:, index], 1, 0)
+
+
+def _softmax(queries: _Queries, sink, entries, scale):
+    """Of one softmax over window, entries and sink: weights [B, S, H, keys] of both, not normalised; keys; their sum.
+
+    The keys of selected entries are [B, S, K, c], those of the others [B, keys, c]. Heads stay where queries have them:
+    products of this order need no copy of scores or queries.
+    """
+    q, window, window_counts, first_entries, counts, indices, _ = queries
     length = q.shape[1]
-    queries = jnp.arange(length)[:, None]
-    keys = jnp.arange(window.shape[1])[None, :]
-    in_window = (keys >= queries) & (keys < queries + window_size)
-    exists = start[:, None] - (window_size - 1) + keys >= 0
-    score = _dot("bqhc,bkc->bhqk", q, window) * scale
-    scores = [jnp.where((in_window & exists[:, None])[:, None], score, -jnp.inf)]
+    # How many tokens before its query a key is; own rows are last.
+    back = jnp.arange(length)[:, None] + (window.shape[1] - length) - jnp.arange(window.shape[1])
+    in_window = (back >= 0) & (back < window_counts[..., None])
+    score = _dot("bqhc,bkc->bqhk", q, window) * scale
+    scores, keys = [jnp.where(in_window[:, :, None], score, -jnp.inf)], [window]
 
     if entries is not None and indices is None:
-        visible = jnp.arange(entries.shape[1]) < counts[..., None]
-        score = _dot("bqhc,bkc->bhqk", q, entries) * scale
-        scores.append(jnp.where(visible[:, None], score, -jnp.inf))
+        index = jnp.arange(entries.shape[1])
+        visible = index < counts[..., None]
+        if first_entries is not None:
+            visible &= index >= first_entries[..., None]
+        score = _dot("bqhc,bkc->bqhk", q, entries) * scale
+        scores.append(jnp.where(visible[:, :, None], score, -jnp.inf))
+        keys.append(entries)
     elif entries is not None:
         selected = jax.vmap(lambda rows, chosen: rows[jnp.maximum(chosen, 0)])(entries, indices)
-        score = _dot("bqhc,bqkc->bhqk", q, selected) * scale
-        scores.append(jnp.where((indices >= 0)[:, None], score, -jnp.inf))
+        score = _dot("bqhc,bqkc->bqhk", q, selected) * scale
+        scores.append(jnp.where((indices >= 0)[:, :, None], score, -jnp.inf))
+        keys.append(selected)
 
-    sink = sink[None, :, None, None].astype(jnp.float32)
+    sink = sink[:, None].astype(jnp.float32)
     maximum = sink
     for score in scores:
         maximum = jnp.maximum(maximum, jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf))
+    maximum = lax.stop_gradient(maximum)
     weights = [jnp.exp(score - maximum) for score in scores]
     total = jnp.exp(sink - maximum) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    out = _dot("bhqk,bkc->bqhc", weights[0].astype(q.dtype), window)
-    if entries is not None and indices is None:
-        out += _dot("bhqk,bkc->bqhc", weights[1].astype(q.dtype), entries)
-    elif entries is not None:
-        out += _dot("bhqk,bqkc->bqhc", weights[1].astype(q.dtype), selected)
-    return (out / jnp.moveaxis(total, 1, 2)).astype(q.dtype)
+    return weights, keys, total
 
 
 def _dot(equation, a, b):

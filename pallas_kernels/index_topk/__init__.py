@@ -14,6 +14,7 @@ def index_topk(
     keys: jax.Array,
     counts: jax.Array,
     *,
+    first_entries: jax.Array | None = None,
     layer: jax.Array | int = 0,
     k: int,
     sum_over: tuple[str, ...] = (),
@@ -22,11 +23,34 @@ def index_topk(
     """The entries each query attends to: I[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]), the k largest.
 
     Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di], of which ``layer`` is
-    read; counts [B, S] int32, entry s is visible iff s < count. Returns int32 [B, S, min(k, T)]: the selected entries,
+    read; counts [B, S] int32, entry s is visible iff s < count (and s >= ``first_entries`` [B, S], where rows hold
+    several documents). Returns int32 [B, S, min(k, T)]: the selected entries,
     in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores are accumulated
     in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over`` names the mesh
     axes that split the heads, whose partial scores are added before anything is compared (inside ``shard_map``).
     Source: paper eq. 13-17.
     """
     function = choose("index_topk", _IMPLEMENTATIONS, implementation)
-    return function(q, weights, keys, counts, layer=layer, k=k, sum_over=sum_over)
+    return function(q, weights, keys, counts, first_entries=first_entries, layer=layer, k=k, sum_over=sum_over)
+
+
+def index_scores(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    counts: jax.Array,
+    *,
+    first_entries: jax.Array | None = None,
+    layer: jax.Array | int = 0,
+    sum_over: tuple[str, ...] = (),
+) -> jax.Array:
+    """The scores that ``index_topk`` compares, for training: float32 [B, S, T], -inf where not visible.
+
+    Arguments are those of ``index_topk``. Differentiable with respect to q, weights and keys.
+    """
+    return xla.all_scores(q, weights, keys, counts, first_entries=first_entries, layer=layer, sum_over=sum_over)
+
+
+def select_topk(scores: jax.Array, k: int) -> jax.Array:
+    """The selection of ``index_topk`` from scores [B, S, T]."""
+    return xla.select(jax.lax.stop_gradient(scores), k)

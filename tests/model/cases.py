@@ -2,25 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from oracle import Oracle, Result
 from released import Storage
-from small_models import FLASH_LIKE, ODD, PRO_LIKE, SmallModel, small_config, small_model
+from small_models import FLASH_LIKE, ODD, PRO_LIKE, SmallModel, compiled, small_config, small_model
 
 from deepseek_v4 import RELEASED, RELEASED_BASE, Config, Output
 from deepseek_v4.nn.variables import MASTER
 
 # Several windows of every kind, the last of each incomplete: 4 HCA entries, 130 CSA entries, 4 sliding windows.
 LENGTH = 523
-
-
-def compiled(function: Callable) -> Callable:
-    """``jax.jit`` without LLVM's optimisations: the same arithmetic, in a third of the compile time."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from small_models import SmallModel, decoded, parameters, small_config, small_mo
 
 import deepseek_v4
 import pallas_kernels
-from deepseek_v4 import Config, Execution, Model, formats, rollback, rope
+from deepseek_v4 import Config, Execution, Model, formats, positions, rollback, rope
 from deepseek_v4 import config as config_module
 from deepseek_v4 import layer_spec as layer_spec_module
 from deepseek_v4 import model as model_module
@@ -34,6 +34,7 @@ from deepseek_v4.layer_spec import RopeSpec, layer_spec, layer_specs
 from deepseek_v4.nn import attention, block, compressor, indexer, moe
 from deepseek_v4.nn.variables import MASTER, RELEASED, Storage
 from deepseek_v4.parameters import block_module
+from deepseek_v4.positions import Tokens
 from pallas_kernels.compress import xla as compress_xla
 from pallas_kernels.grouped_matmul import xla as grouped_xla
 from pallas_kernels.hyper_connection import xla as hyper_xla
@@ -85,11 +86,16 @@ class Layer:
         rows, length = x.shape[:2]
         start = jnp.zeros(rows, jnp.int32) if start is None else jnp.asarray(start, jnp.int32)
         lengths = jnp.full(rows, length, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
-        out, cache = self.block.attn(jnp.asarray(x), cache, 0, start, lengths, self.execution)
+        tokens = Tokens(jnp.zeros((rows, length), jnp.int32), start, lengths)
+        out, cache, _ = self.block.attn(jnp.asarray(x), tokens, cache, 0, self.execution)
         return np.asarray(out), cache
 
     def expected(self, x, start: int = 0, history: History | None = None) -> np.ndarray:
         return self.oracle.attention("layers.0.attn.", 0, x.astype(np.float64), start, history)
+
+
+def row_of(tokens: np.ndarray) -> Tokens:
+    return Tokens(jnp.asarray(tokens)[None], jnp.zeros(1, jnp.int32), jnp.full(1, len(tokens), jnp.int32))
 
 
 def close(found, expected, atol: float = ATOL) -> None:
@@ -259,7 +265,7 @@ def experts(hashed: bool = False, storage: Storage = MASTER, x_scale: float = 1.
     layer = Layer(0, hashed=hashed, storage=storage, **changes)
     x = layer.x(12) * np.float32(x_scale)
     tokens = np.arange(12) * 5 % 64
-    found = layer.block.ffn(jnp.asarray(x), jnp.asarray(tokens)[None], 0, layer.execution)
+    found, _ = layer.block.ffn(jnp.asarray(x), row_of(tokens), 0, layer.execution)
     close(found[0], layer.oracle.moe("layers.0.ffn.", x[0].astype(np.float64), tokens))
 
 
@@ -285,7 +291,7 @@ def crowded_expert() -> None:
     layer.tensors["layers.0.ffn.gate.tid2eid"][:] = [2, 5, 6]
     x = layer.x(40)
     tokens = np.zeros(40, int)
-    found = layer.block.ffn(jnp.asarray(x), jnp.asarray(tokens)[None], 0, layer.execution)
+    found, _ = layer.block.ffn(jnp.asarray(x), row_of(tokens), 0, layer.execution)
     close(found[0], layer.oracle.moe("layers.0.ffn.", x[0].astype(np.float64), tokens))
 
 
@@ -293,14 +299,14 @@ def underflowing_scores() -> None:
     layer = Layer(0, hashed=True)
     layer.tensors["layers.0.ffn.gate.weight"][:] = -10
     x = np.full((1, 2, 32), 1, np.float32)
-    _, weights = layer.block.ffn.gate(jnp.asarray(x[0]), jnp.zeros(2, jnp.int32), layer.execution)
+    _, weights, _ = layer.block.ffn.gate(jnp.asarray(x[0]), jnp.zeros(2, jnp.int32), layer.execution)
     close(weights, np.full((2, 3), 0.5))
 
 
 def large_expert_ids() -> None:
     layer = Layer(0, hashed=True, n_routed_experts=384)
     layer.tensors["layers.0.ffn.gate.tid2eid"][:] = [383, 257, 301]
-    ids, _ = layer.block.ffn.gate(jnp.asarray(layer.x(4)[0]), jnp.arange(4), layer.execution)
+    ids, _, _ = layer.block.ffn.gate(jnp.asarray(layer.x(4)[0]), jnp.arange(4), layer.execution)
     np.testing.assert_array_equal(ids, np.tile([383, 257, 301], (4, 1)))
 
 
@@ -456,8 +462,8 @@ def state_kept_for(rollback: int | None = None, dtype: Any = None) -> Patch:
 
 
 def row_zero_decides(original):
-    def run(self, x, cache, layer, start, *rest):
-        return original(self, x, cache, layer, jnp.full_like(start, start[0]), *rest)
+    def run(self, x, tokens, *rest):
+        return original(self, x, tokens._replace(start=jnp.full_like(tokens.start, tokens.start[0])), *rest)
 
     return run
 
@@ -550,8 +556,9 @@ def routed(change: Callable) -> Patch:
     """``change(router, x, ids, weights)`` gives other ids and weights."""
 
     def bug(original):
-        def run(self, x, token_ids, execution):
-            return change(self, x, *original(self, x, token_ids, execution))
+        def run(self, x, *rest):
+            ids, weights, scores = original(self, x, *rest)
+            return *change(self, x, ids, weights), scores
 
         return run
 
@@ -607,8 +614,8 @@ def after_head(original):
 
 def forgetful_draft(original):
     def run(self, params, embedded, streams, tokens, cache):
-        out, module, updates = original(self, params, embedded, streams, tokens, cache)
-        return out, module, {**updates, "drafts": cache["drafts"]}
+        out, module, updates, seen = original(self, params, embedded, streams, tokens, cache)
+        return out, module, {**updates, "drafts": cache["drafts"]}, seen
 
     return run
 
@@ -694,16 +701,16 @@ BUGS = [
     Bug(
         17,
         "mask by floor(t / ratio) inclusive",
-        swap(attention, "visible_entries", lambda o: lambda t, r: t // r + 1),
+        swap(positions, "visible_entries", lambda o: lambda t, r: t // r + 1),
         csa,
     ),
     Bug(
         17,
         "mask by floor(t / ratio) inclusive",
-        swap(attention, "visible_entries", lambda o: lambda t, r: t // r + 1),
+        swap(positions, "visible_entries", lambda o: lambda t, r: t // r + 1),
         hca,
     ),
-    Bug(17, "window completed too late", swap(attention, "visible_entries", lambda o: lambda t, r: t // r), csa),
+    Bug(17, "window completed too late", swap(positions, "visible_entries", lambda o: lambda t, r: t // r), csa),
     Bug(
         18,
         "selection unioned over queries",
@@ -766,7 +773,7 @@ BUGS = [
     Bug(
         28,
         "padding sees unwritten entries",
-        swap(attention, "visible_entries", lambda o: lambda t, r: o(t[:, :1] + jnp.arange(t.shape[1]), r)),
+        swap(positions, "visible_entries", lambda o: lambda t, r: o(t[:, :1] + jnp.arange(t.shape[1]), r)),
         garbage,
     ),
     Bug(

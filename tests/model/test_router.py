@@ -41,8 +41,8 @@ def test_scores_select_with_bias_and_weigh_without() -> None:
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(50, 16)).astype(np.float32), rng.normal(size=(EXPERTS, 16))
     bias = rng.normal(size=EXPERTS)
-    ids, weights = router(False, weight, bias)(jnp.asarray(x), jnp.zeros(50, jnp.int32))
-    plain_ids, _ = router(False, weight, np.zeros(EXPERTS))(jnp.asarray(x), jnp.zeros(50, jnp.int32))
+    ids, weights, _ = router(False, weight, bias)(jnp.asarray(x), jnp.zeros(50, jnp.int32))
+    plain_ids, _, _ = router(False, weight, np.zeros(EXPERTS))(jnp.asarray(x), jnp.zeros(50, jnp.int32))
     assert (np.sort(ids) != np.sort(plain_ids)).any()
     for i in range(50):
         scores = np.array([exact_score(float(w.astype(np.float32) @ x[i])) for w in weight])
@@ -52,7 +52,9 @@ def test_scores_select_with_bias_and_weigh_without() -> None:
 
 
 def test_equal_scores_choose_the_lowest_ids() -> None:
-    ids, weights = router(False, np.zeros((EXPERTS, 16)), np.zeros(EXPERTS))(jnp.ones((2, 16)), jnp.zeros(2, jnp.int32))
+    ids, weights, _ = router(False, np.zeros((EXPERTS, 16)), np.zeros(EXPERTS))(
+        jnp.ones((2, 16)), jnp.zeros(2, jnp.int32)
+    )
     np.testing.assert_array_equal(ids, [[0, 1, 2], [0, 1, 2]])
     np.testing.assert_allclose(weights, 1.5 / CHOICES, rtol=1e-6)
 
@@ -62,7 +64,7 @@ def test_hash_layers_look_experts_up_and_weigh_them_by_score() -> None:
     table = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(CONFIG.vocab_size)]).astype(np.int32)
     x, weight = rng.normal(size=(20, 16)).astype(np.float32), rng.normal(size=(EXPERTS, 16))
     tokens = rng.integers(0, CONFIG.vocab_size, 20)
-    ids, weights = router(True, weight, table=table)(jnp.asarray(x), jnp.asarray(tokens))
+    ids, weights, _ = router(True, weight, table=table)(jnp.asarray(x), jnp.asarray(tokens))
     np.testing.assert_array_equal(ids, table[tokens])
     scores = np.vectorize(exact_score)(x @ weight.T.astype(np.float32))
     chosen = np.take_along_axis(scores, table[tokens], axis=1)
@@ -78,7 +80,7 @@ def test_hash_weights_are_finite_for_any_logit(logit: float) -> None:
     x = np.zeros((1, 16), np.float32)
     x[0, :2] = logit, 1
     table = np.tile(np.array([[0, 2, 5]], np.int32), (CONFIG.vocab_size, 1))
-    _, weights = router(True, weight, table=table)(jnp.asarray(x), jnp.zeros(1, jnp.int32))
+    _, weights, _ = router(True, weight, table=table)(jnp.asarray(x), jnp.zeros(1, jnp.int32))
     assert np.isfinite(weights).all()
     np.testing.assert_allclose(weights.sum(), 1.5, rtol=1e-5)
     if logit <= -20:
