@@ -1,4 +1,7 @@
-"""The readable twin of the hyper-connection operations."""
+"""The readable twin of the hyper-connection operations.
+
+Mixes have gradients of their own: plain differentiation would pad every stream's part and add the n of them up.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +31,36 @@ def sinkhorn(logits, iterations, eps):
     return jax.lax.scan(alternate, comb, None, length=iterations - 1)[0]
 
 
+@jax.custom_vjp
 def post_mix(y, streams, post, comb):
     """See ``pallas_kernels.hyper_connection.post_mix``."""
     n = streams.shape[-2]
     y = y.astype(jnp.float32)
-    rows = [streams[..., j, :].astype(jnp.float32) for j in range(n)]
+    rows = _rows(streams)
     # Spelled out over the n streams so that no [B, S, n, n, d] product can be materialised.
     mixed = [post[..., k, None] * y + sum(comb[..., j, k, None] * rows[j] for j in range(n)) for k in range(n)]
     return jnp.stack(mixed, axis=-2).astype(streams.dtype)
+
+
+def _post_mix_forward(y, streams, post, comb):
+    return post_mix(y, streams, post, comb), (y, streams, post, comb)
+
+
+def _post_mix_backward(saved, gradient):
+    y, streams, post, comb = saved
+    n = streams.shape[-2]
+    rows = _rows(gradient)
+    dy = sum(post[..., k, None] * rows[k] for k in range(n))
+    dstreams = jnp.stack([sum(comb[..., j, k, None] * rows[k] for k in range(n)) for j in range(n)], axis=-2)
+    return (
+        dy.astype(y.dtype),
+        dstreams.astype(streams.dtype),
+        _dot("...d,...kd->...k", y, gradient).astype(post.dtype),
+        _dot("...jd,...kd->...jk", streams, gradient).astype(comb.dtype),
+    )
+
+
+post_mix.defvjp(_post_mix_forward, _post_mix_backward)
 
 
 def head_mix(streams, fn, scale, base, *, norm_eps, hc_eps):
@@ -50,7 +75,29 @@ def _mixes(streams, fn, norm_eps):
     return projected * jax.lax.rsqrt(jnp.mean(jnp.square(z), axis=-1, keepdims=True) + norm_eps)
 
 
+@jax.custom_vjp
 def _collapse(streams, weights):
-    n = streams.shape[-2]
-    total = sum(weights[..., i, None] * streams[..., i, :].astype(jnp.float32) for i in range(n))
+    total = sum(weights[..., i, None] * row for i, row in enumerate(_rows(streams)))
     return total.astype(streams.dtype)
+
+
+def _collapse_forward(streams, weights):
+    return _collapse(streams, weights), (streams, weights)
+
+
+def _collapse_backward(saved, gradient):
+    streams, weights = saved
+    dstreams = weights[..., None] * gradient[..., None, :].astype(jnp.float32)
+    return dstreams.astype(streams.dtype), _dot("...id,...d->...i", streams, gradient).astype(weights.dtype)
+
+
+_collapse.defvjp(_collapse_forward, _collapse_backward)
+
+
+def _rows(streams):
+    """The n streams [..., n, d] in float32, each on its own."""
+    return [streams[..., i, :].astype(jnp.float32) for i in range(streams.shape[-2])]
+
+
+def _dot(equation, a, b):
+    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
