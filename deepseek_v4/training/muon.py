@@ -159,12 +159,12 @@ def _orthogonalise_local(leaves, layouts: Sequence[_Layout], update_rms: float, 
         done = _orthogonalise_stack(_concatenate(joined, 0), layout, update_rms, dtype)
         ends = itertools.accumulate(piece.shape[0] for piece in joined)
         for (i, j), piece, end in zip(members, joined, ends, strict=True):
-            pieces[i][j] = done[end - piece.shape[0] : end]
+            pieces[i][j] = done[end - piece.shape[0] : end].astype(jnp.float32)
     return [_join_rows(found, leaf.shape[-2]).reshape(leaf.shape) for found, leaf in zip(pieces, leaves, strict=True)]
 
 
 def _orthogonalise_stack(x: jax.Array, layout: _Layout, update_rms: float, dtype) -> jax.Array:
-    """Orthogonalises a stack [m, r, c] of equal blocks, at most ``STACK_BYTES`` at a time."""
+    """Orthogonalises a stack [m, r, c] of equal blocks, at most ``STACK_BYTES`` at a time: in ``dtype``."""
     count, movers = x.shape[0], _count(layout.rows) * _count(layout.columns)
     idle = _dividers(layout.idle, -(-count // movers))
     sharers = movers * _count(idle)
@@ -186,7 +186,7 @@ def _orthogonalise_stack(x: jax.Array, layout: _Layout, update_rms: float, dtype
             x = lax.all_to_all(x, axes, dim, 0, tiled=True)
         if idle:
             x = lax.all_gather(x, _names(idle), tiled=True)
-        return x.astype(jnp.float32)
+        return x
 
     turns = -(-count // size)
     padded = jnp.pad(x, ((0, turns * size - count), (0, 0), (0, 0)))

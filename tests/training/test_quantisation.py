@@ -174,6 +174,17 @@ def test_simulated_rounding_passes_gradients_straight_through():
         np.testing.assert_array_equal(jax.grad(lambda x, f=function: jnp.sum(f(x) * weight))(x), weight)
 
 
+def test_rounding_to_bfloat16_is_that_of_a_conversion():
+    rng = np.random.default_rng(6)
+    x = np.concatenate([rng.normal(size=1000), [0.0, -0.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 3e38, 1e-38]]).astype(
+        np.float32
+    )
+    program = jax.jit(lambda x: formats.as_stored(x, "bfloat16")).lower(x)
+    np.testing.assert_array_equal(program.compile()(x), x.astype(jnp.bfloat16).astype(np.float32))
+    # Not as a pair of conversions, which accelerators' compilers leave out where excess precision is allowed.
+    assert "reduce_precision" in program.as_text()
+
+
 def test_packed_weights_are_not_quantised_again():
     with pytest.raises(ValueError, match="not quantised yet"):
         Model(CONFIG, RELEASED, Execution(quantise=RELEASED))
