@@ -8,16 +8,104 @@ ring has wrapped over what is needed again; every ring holds ``rollback`` rows m
 A layer's cache is a dict of arrays stacked over the layers of a scan group: [n, B, rows, width].
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_v4.config import Config
-from deepseek_v4.formats import pack_words
+from deepseek_v4.formats import (
+    E2M1_MAX,
+    FP4_BLOCK,
+    KV_BLOCK,
+    decode_e8m0,
+    dequantize_fp4,
+    encode_e8m0,
+    float_to_e2m1,
+    pack_e2m1,
+    pack_words,
+    power_of_two_scale,
+    quantize_fp8_rows,
+)
 from deepseek_v4.layer_spec import LayerSpec
 
-ENTRY_LAYOUTS = ("plain", "words")
-"""How compressed entries are stored: rows of the activation dtype, or uint32 words (``formats.pack_words``)."""
+ENTRY_LAYOUTS = ("plain", "words", "published")
+"""How rows are stored: in the activation dtype; compressed entries as uint32 words (``formats.pack_words``); or window
+rows and entries as ``KVRows`` and index keys as ``KeyRows``, the bytes of the release."""
+
+
+class KVRows(NamedTuple):
+    """KV rows [..., c] as published: E4M3 codes [..., c - r], BF16 RoPE dims [..., r], E8M0 scale bytes per 64 codes.
+
+    Scales are padded so that a row is a multiple of 8 bytes (584 at c = 512, r = 64).
+    """
+
+    codes: Any
+    rope: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the rows they stand for."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] + self.rope.shape[-1])
+
+    def pack(self, rows: jax.Array) -> "KVRows":
+        """``rows`` [..., c] in this form; exact for rows that went through ``simulate_kv``."""
+        content, rope = jnp.split(rows, [self.codes.shape[-1]], axis=-1)
+        codes, scales = quantize_fp8_rows(content, KV_BLOCK)
+        padding = self.scales.shape[-1] - scales.shape[-1]
+        scales = jnp.pad(scales, [(0, 0)] * (rows.ndim - 1) + [(0, padding)], constant_values=1.0)
+        return KVRows(codes, rope.astype(self.rope.dtype), encode_e8m0(scales))
+
+    def unpack(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The rows [..., c] in ``dtype``, in which every code times its scale is exact."""
+        width = self.codes.shape[-1]
+        scales = jnp.repeat(decode_e8m0(self.scales), KV_BLOCK, axis=-1)[..., :width]
+        content = (self.codes.astype(jnp.float32) * scales).astype(dtype)
+        return jnp.concatenate([content, self.rope.astype(dtype)], axis=-1)
+
+
+class KeyRows(NamedTuple):
+    """Index keys [..., d] as published: E2M1 codes [..., d / 2], two per byte, and an E8M0 scale byte per 32."""
+
+    codes: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the keys they stand for."""
+        return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
+
+    def pack(self, rows: jax.Array) -> "KeyRows":
+        """``rows`` [..., d] in this form; exact for keys that went through ``simulate_fp4``."""
+        groups = rows.astype(jnp.float32).reshape(*rows.shape[:-1], -1, FP4_BLOCK)
+        amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), E2M1_MAX * 2.0**-126)
+        scale = power_of_two_scale(amax, E2M1_MAX)
+        codes = float_to_e2m1(groups / scale[..., None]).reshape(rows.shape)
+        return KeyRows(pack_e2m1(codes), encode_e8m0(scale))
+
+    def unpack(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The keys [..., d] in ``dtype``, exactly."""
+        return dequantize_fp4(self.codes, self.scales, jnp.dtype(dtype))
+
+
+def layer_of(stack: Any, layer: jax.Array | int) -> Any:
+    """The rows [B, T, ...] of one layer of a stack, in the form they are stored in."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, axis=0, keepdims=False), stack)
+
+
+def unpacked(rows: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows as numbers, if they are stored as ``KVRows`` or ``KeyRows``; others as they are."""
+    return rows.unpack(dtype) if isinstance(rows, (KVRows, KeyRows)) else rows
+
+
+def map_shapes(function: Callable[[tuple[int, int], jnp.dtype], Any], shapes: Any) -> Any:
+    """``function(shape, dtype)`` of every array in what ``layer_cache_shapes`` gives for one name."""
+    if isinstance(shapes, (KVRows, KeyRows)):
+        return type(shapes)(*(map_shapes(function, part) for part in shapes))
+    return function(*shapes)
 
 
 _TILE_ROWS = 16
@@ -31,7 +119,7 @@ def layer_cache_shapes(
     rollback: int,
     dtype: jax.typing.DTypeLike,
     layout: str = "plain",
-) -> dict[str, tuple[tuple[int, int], jnp.dtype]]:
+) -> dict[str, Any]:
     """(rows, width) and dtype of each cache array of one layer and one sequence.
 
     ``window`` holds KV rows; ``entries`` and ``index_entries`` one row per compressed window; ``kv``, ``score`` (and
@@ -39,6 +127,7 @@ def layer_cache_shapes(
     ``layout`` is how ``entries`` are stored; whoever writes and reads them knows it from their dtype. "words" hold the
     same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of ``window`` and ``entries``
     are then rounded up to whole tiles, without which XLA would keep them in an order that kernels cannot read in place.
+    "published" gives ``KVRows`` and ``KeyRows`` of such pairs.
     Raises ``ValueError`` for an unknown layout, or for words of another dtype than bfloat16.
     """
     dtype = jnp.dtype(dtype)
@@ -46,19 +135,41 @@ def layer_cache_shapes(
         raise ValueError(f"layout of entries: expected one of {ENTRY_LAYOUTS}, found {layout!r}")
     if layout == "words" and dtype != jnp.bfloat16:
         raise ValueError(f"entries are packed in words from bfloat16 alone, found {dtype}; use layout 'plain'")
+
+    def kv_rows(rows: int) -> Any:
+        if layout != "published":
+            return ((rows, config.head_dim), dtype)
+        rope = config.qk_rope_head_dim
+        content = config.head_dim - rope
+        scales = -(-content // KV_BLOCK)
+        scales += -(content + 2 * rope + scales) % 8
+        return KVRows(
+            ((rows, content), jnp.dtype(jnp.float8_e4m3fn)),
+            ((rows, rope), jnp.dtype(jnp.bfloat16)),
+            ((rows, scales), jnp.dtype(jnp.float8_e8m0fnu)),
+        )
+
+    def key_rows(rows: int) -> Any:
+        dim = config.index_head_dim
+        if layout != "published":
+            return ((rows, dim), dtype)
+        return KeyRows(
+            ((rows, dim // 2), jnp.dtype(jnp.uint8)), ((rows, dim // FP4_BLOCK), jnp.dtype(jnp.float8_e8m0fnu))
+        )
+
     tile = _TILE_ROWS if layout == "words" else 1
     window = config.sliding_window - 1 + max(rollback, 1)
-    shapes = {"window": ((_round_up(window, tile), config.head_dim), dtype)}
+    shapes: dict[str, Any] = {"window": kv_rows(_round_up(window, tile))}
     if spec.compress_ratio:
         entries = max(1, max_length // spec.compress_ratio)
         history = spec.pool_rows - 1 + max(rollback, 1)
         width = spec.lanes * config.head_dim
         words = ((_round_up(entries, tile), config.head_dim // 2), jnp.dtype(jnp.uint32))
-        shapes["entries"] = words if layout == "words" else ((entries, config.head_dim), dtype)
+        shapes["entries"] = words if layout == "words" else kv_rows(entries)
         shapes["kv"] = shapes["score"] = ((history, width), jnp.dtype(jnp.float32))
         if spec.indexer:
             width = spec.lanes * config.index_head_dim
-            shapes["index_entries"] = ((entries, config.index_head_dim), dtype)
+            shapes["index_entries"] = key_rows(entries)
             shapes["index_kv"] = shapes["index_score"] = ((history, width), jnp.dtype(jnp.float32))
     return shapes
 
@@ -67,17 +178,21 @@ def _round_up(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-def ring_read(ring: jax.Array, layer: jax.Array | int, start: jax.Array, count: int) -> jax.Array:
-    """The ``count`` rows before position ``start`` [B] of ring [n, B, N, w]: [B, count, w], zero before position 0."""
+def ring_read(
+    ring: Any, layer: jax.Array | int, start: jax.Array, count: int, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> jax.Array:
+    """The ``count`` rows before position ``start`` [B] of ring [n, B, N, w]: [B, count, w], zero before position 0.
+
+    ``dtype`` is that of rows which are not stored as numbers.
+    """
     positions = start[:, None] - count + jnp.arange(count)
-    rows = lax.dynamic_index_in_dim(ring, layer, axis=0, keepdims=False)
-    taken = jnp.take_along_axis(rows, (positions % ring.shape[2])[..., None], axis=1)
+    slots = (positions % ring.shape[2])[..., None]
+    taken = jax.tree.map(lambda rows: jnp.take_along_axis(rows, slots, axis=1), layer_of(ring, layer))
+    taken = unpacked(taken, dtype)
     return jnp.where((positions >= 0)[..., None], taken, 0)
 
 
-def ring_write(
-    ring: jax.Array, layer: jax.Array | int, start: jax.Array, lengths: jax.Array, rows: jax.Array
-) -> jax.Array:
+def ring_write(ring: Any, layer: jax.Array | int, start: jax.Array, lengths: jax.Array, rows: jax.Array) -> Any:
     """Stores rows [B, S, w] of positions start .. start + lengths - 1; of a longer chunk only the last N are kept."""
     size, index = ring.shape[2], jnp.arange(rows.shape[1])
     positions = start[:, None] + index
@@ -85,21 +200,22 @@ def ring_write(
     return _write_rows(ring, layer, jnp.where(kept, positions % size, size), rows)
 
 
-def entries_write(
-    entries: jax.Array, layer: jax.Array | int, first: jax.Array, complete: jax.Array, rows: jax.Array
-) -> jax.Array:
-    """Stores entries [B, W, w] as windows first .. first + W - 1 [B], where ``complete`` [B, W]; words are packed."""
-    if entries.dtype == jnp.uint32:
+def entries_write(entries: Any, layer: jax.Array | int, first: jax.Array, complete: jax.Array, rows: jax.Array) -> Any:
+    """Stores entries [B, W, w] as windows first .. first + W - 1 [B], where ``complete`` [B, W], in its form."""
+    if not isinstance(entries, (KVRows, KeyRows)) and entries.dtype == jnp.uint32:
         rows = pack_words(rows)
     slots = first[:, None] + jnp.arange(rows.shape[1])
     return _write_rows(entries, layer, jnp.where(complete, slots, entries.shape[2]), rows)
 
 
-def _write_rows(store: jax.Array, layer: jax.Array | int, slots: jax.Array, rows: jax.Array) -> jax.Array:
+def _write_rows(store: Any, layer: jax.Array | int, slots: jax.Array, rows: Any) -> Any:
     """store[layer, b, slots[b, i]] = rows[b, i]; slots out of range are dropped.
 
     Spelled with explicit batching dims, which the partitioner keeps on the shard that owns a row.
     """
+    if isinstance(store, (KVRows, KeyRows)):
+        parts = zip(store, store.pack(rows), strict=True)
+        return type(store)(*(_write_rows(part, layer, slots, new) for part, new in parts))  # type: ignore[arg-type]
     layers = jnp.broadcast_to(jnp.asarray(layer, slots.dtype), slots.shape)
     dims = lax.ScatterDimensionNumbers(
         update_window_dims=(2,),

@@ -26,8 +26,9 @@ class Execution:
     through gradients to the unquantised ones that the model must store (None: used as they are).
     ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
     of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
-    uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain). Raises
-    ``ValueError`` for an unknown dtype, simulation or layout.
+    uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain), or
+    "published", the bytes of the release, which hold what ``kv`` and ``indexer`` simulate and which no kernel reads.
+    Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.
     """
 
     dtype: str = "bfloat16"
@@ -41,10 +42,14 @@ class Execution:
         object.__setattr__(self, "simulate", frozenset(self.simulate))
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', found {self.dtype!r}")
-        if self.entry_layout not in (None, "plain", "words"):
-            raise ValueError(f"entry_layout: expected 'plain' or 'words', found {self.entry_layout!r}")
-        if self.entry_layout == "words" and self.dtype != "bfloat16":
-            raise ValueError(f"entry_layout: words hold bfloat16, but dtype is {self.dtype!r}")
+        if self.entry_layout not in (None, "plain", "words", "published"):
+            raise ValueError(f"entry_layout: expected 'plain', 'words' or 'published', found {self.entry_layout!r}")
+        if self.entry_layout in ("words", "published") and self.dtype != "bfloat16":
+            raise ValueError(f"entry_layout: {self.entry_layout} holds bfloat16, but dtype is {self.dtype!r}")
+        if self.entry_layout == "published" and not {"kv", "indexer"} <= self.simulate:
+            raise ValueError(
+                f"entry_layout: published rows hold what simulate kv,indexer gives, found {sorted(self.simulate)}"
+            )
         unknown = self.simulate - set(SIMULATIONS)
         if unknown:
             raise ValueError(f"simulate: unknown {sorted(unknown)}, expected any of {list(SIMULATIONS)}")

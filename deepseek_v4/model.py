@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 
 from deepseek_v4.adapters import LoRA, adaptable, check_patterns
-from deepseek_v4.cache import layer_cache_shapes
+from deepseek_v4.cache import layer_cache_shapes, map_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
@@ -166,10 +166,11 @@ class Model:
 
         def layers(spec: LayerSpec, repeats: int):
             shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.cache_layout)
-            return {
-                name: array((repeats, batch, *shape), kind, (None, "batch", None, None))
-                for name, (shape, kind) in shapes.items()
-            }
+
+            def of_layers(shape, kind):
+                return array((repeats, batch, *shape), kind, (None, "batch", None, None))
+
+            return {name: map_shapes(of_layers, parts) for name, parts in shapes.items()}
 
         cache: Cache = {
             "position": array((batch,), jnp.int32, ("batch",)),

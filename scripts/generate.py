@@ -43,6 +43,7 @@ from deepseek_v4.engine.memory import check_fits, describe_memory, device_limit,
 from deepseek_v4.engine.processes import Interruption
 from deepseek_v4.engine.scheduling import round_up
 from deepseek_v4.engine.session import Session, Task, read_tasks
+from deepseek_v4.engine.state import cache_growth
 from deepseek_v4.loading import Loaded, open_model, simulate_devices
 from deepseek_v4.requests import Prompt, RequestError, check_context, parse_line, text_prompt
 from deepseek_v4.sampling import check_sampling
@@ -89,6 +90,8 @@ class Arguments:
     """Arithmetic of activations."""
     simulate: str = ""
     """Parts of the released quantisation to simulate: any of kv,indexer,activations."""
+    cache: Literal["plain", "published"] = "plain"
+    """published keeps rows in FP8 and index keys in FP4, as the release does (simulates kv,indexer; needs bfloat16)."""
     implementation: Literal["xla"] | None = None
     """xla runs every operation without kernels. Default: the kernels of the chip, where it has them."""
     prefill_chunk: int = 512
@@ -156,6 +159,12 @@ def _open(args: Arguments) -> tuple[Loaded, int]:
         mesh=args.mesh,
         implementation=args.implementation,
     )
+    if args.cache == "published":
+        execution = loaded.model.execution
+        execution = dataclasses.replace(
+            execution, simulate=execution.simulate | {"kv", "indexer"}, entry_layout="published"
+        )
+        loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, execution=execution))
     check_drafts(loaded.model, args.drafts)
     if args.stop and loaded.tokenizer is None:
         raise RequestError(f"{args.checkpoint}: --stop needs the checkpoint's tokenizer.json, which is missing")
@@ -213,7 +222,12 @@ def _engine(args: Arguments, loaded: Loaded, requests: Sequence[Request], consol
         raise ValueError(
             f"out of device memory: {describe_memory(loaded.model, pools, args.drafts, device_limit())}"
         ) from error
-    console.print(f"{loaded.description}; compiled in {seconds:.1f} s", highlight=False)
+    per_token, fixed = cache_growth(loaded.model, engine.max_length, args.drafts)
+    console.print(
+        f"{loaded.description}; compiled in {seconds:.1f} s; cache: {per_token:.1f} bytes per token of context and "
+        f"{fixed} fixed per sequence, {engine.cache_bytes / 2**20:.1f} MiB in all",
+        highlight=False,
+    )
     return engine
 
 
@@ -293,6 +307,7 @@ def _run_file(args: Arguments, console: Console) -> int:
         "checkpoint": str(args.checkpoint.resolve()),
         "dtype": args.dtype,
         "simulate": ",".join(sorted(loaded.model.execution.simulate)),
+        "cache": args.cache,
         "drafts": args.drafts,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in _settings(args).items()},
     }

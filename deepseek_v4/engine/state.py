@@ -106,6 +106,14 @@ def cache_bytes(model: Model, max_length: int, rollback: int) -> int:
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
+def cache_growth(model: Model, max_length: int, rollback: int) -> tuple[float, int]:
+    """(bytes that each further token of context adds, the fixed bytes) of the cache of one sequence."""
+    step = 1024
+    longer, shorter = (cache_bytes(model, length, rollback) for length in (2 * step, step))
+    per_token = (longer - shorter) / step
+    return per_token, cache_bytes(model, max_length, rollback) - round(per_token * max_length)
+
+
 def device_cache_bytes(model: Model, slots: int, max_length: int, rollback: int) -> int:
     """Bytes of a pool's cache on each device, after splitting slots over the mesh."""
     placement = model.execution.placement

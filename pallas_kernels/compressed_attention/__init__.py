@@ -2,6 +2,7 @@
 
 import jax
 
+from deepseek_v4.cache import KVRows
 from pallas_kernels.compressed_attention import tpu, xla
 from pallas_kernels.gradients import with_twin_gradient
 from pallas_kernels.implementation import choose
@@ -40,6 +41,7 @@ def compressed_attention(
     place; every index is below its count; an index that appears twice counts twice), or None to attend to all visible
     ones. Rows of ``entries`` at or beyond a batch row's largest count may hold anything, NaN included. Entries are
     plain, or uint32 [n, B, T, c/2] as ``deepseek_v4.formats.pack_words`` makes them, which TPU kernels read in place.
+    Entries and ring may also be ``deepseek_v4.cache.KVRows``, which no kernel serves.
 
     With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.
@@ -52,7 +54,10 @@ def compressed_attention(
     not depend on the other rows, on T, or on the padding of indices. Gradients flow to q, window, sink, ring and plain
     entries; the kernels' are those of the twin, recomputed. Source: paper 2.3.
     """
-    unserved = tpu.unserved_by(q, entries, indices, window_size)
+    if isinstance(entries, KVRows) or isinstance(ring, KVRows):
+        unserved = dict.fromkeys(("tpu", "tpu_interpret"), lambda chip: "rows in the published layout")
+    else:
+        unserved = tpu.unserved_by(q, entries, indices, window_size)
     packed = {}
     if window_counts is not None:
         packed = {"window_counts": window_counts, "first_entries": first_entries}

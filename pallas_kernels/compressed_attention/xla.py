@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_v4.cache import ring_read
+from deepseek_v4.cache import KVRows, layer_of, ring_read, unpacked
 from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import unpack_words
 from pallas_kernels.targets import current_chip
@@ -20,7 +20,7 @@ _GATHER_ELEMENTS = 1 << 25  # bounds the [B, block, K, c] gather of selected ent
 
 
 class _Queries(NamedTuple):
-    """A block of queries [B, S, ...] with the keys of their windows, own rows last, and what goes with each (or None)."""
+    """A block of queries [B, S, ...] with the keys of their windows, own rows last, and what goes with each or None."""
 
     q: jax.Array
     window: jax.Array
@@ -118,9 +118,12 @@ def _in_blocks(
     """``function`` of blocks of queries and the entries [B, T, c], its results [B, block, ...] joined: [B, S, ...]."""
     batch, length, _, width = q.shape
     if ring is not None:
-        window = jnp.concatenate([ring_read(ring, layer, start, window_size - 1), window], axis=1)
+        window = jnp.concatenate([ring_read(ring, layer, start, window_size - 1, window.dtype), window], axis=1)
     if entries is not None:
-        entries = lax.dynamic_index_in_dim(entries, layer, axis=0, keepdims=False)
+        entries = layer_of(entries, layer)
+        if isinstance(entries, KVRows) and indices is None:
+            entries = entries.unpack(q.dtype)
+    if entries is not None and not isinstance(entries, KVRows):
         entries = unpack_words(entries) if entries.dtype == jnp.uint32 else entries
         # What no query of the row can see is not data: 0 * NaN would still poison the sum over values.
         readable = jnp.arange(entries.shape[1]) < jnp.max(counts, axis=1, keepdims=True)
@@ -188,7 +191,11 @@ def _softmax(queries: _Queries, sink, entries, scale):
         scores.append(jnp.where(visible[:, :, None], score, -jnp.inf))
         keys.append(entries)
     elif entries is not None:
-        selected = jax.vmap(lambda rows, chosen: rows[jnp.maximum(chosen, 0)])(entries, indices)
+        chosen = jnp.maximum(indices, 0)
+        selected = jax.tree.map(lambda rows: jax.vmap(lambda of_row, at: of_row[at])(rows, chosen), entries)
+        if isinstance(selected, KVRows):
+            # Decoded is what was selected alone; the row that stands in for none may hold anything.
+            selected = jnp.where((indices >= 0)[..., None], unpacked(selected, q.dtype), 0)
         score = _dot("bqhc,bqkc->bqhk", q, selected) * scale
         scores.append(jnp.where((indices >= 0)[:, :, None], score, -jnp.inf))
         keys.append(selected)

@@ -22,12 +22,13 @@ def index_topk(
 ) -> jax.Array:
     """The entries each query attends to: I[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]), the k largest.
 
-    Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di], of which ``layer`` is
-    read; counts [B, S] int32, entry s is visible iff s < count (and s >= ``first_entries`` [B, S], where rows hold
-    several documents). Returns int32 [B, S, min(k, T)]: the selected entries,
-    in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores are accumulated
-    in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over`` names the mesh
-    axes that split the heads, whose partial scores are added before anything is compared (inside ``shard_map``).
+    Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di] (or
+    ``deepseek_v4.cache.KeyRows``), of which ``layer`` is read; counts [B, S] int32, entry s is visible iff s < count
+    (and s >= ``first_entries`` [B, S], where rows hold several documents). Returns int32 [B, S, min(k, T)]: the
+    selected entries, in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores
+    are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over``
+    names the mesh axes that split the heads, whose partial scores are added before anything is compared (inside
+    ``shard_map``).
     Source: paper eq. 13-17.
     """
     function = choose("index_topk", _IMPLEMENTATIONS, implementation)

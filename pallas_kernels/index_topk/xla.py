@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_v4.cache import layer_of, unpacked
 from deepseek_v4.execution import dot_precision
 
 _SCORE_ELEMENTS = 1 << 25  # bounds the [B, block, Hi, T] products should they be materialised
@@ -33,7 +34,7 @@ def select(scores, k):
 
 def _in_blocks(function, q, weights, keys, counts, first_entries, layer):
     """``function(q, weights, keys, counts, first)`` of blocks of queries, results joined along the queries."""
-    keys = lax.dynamic_index_in_dim(keys, layer, axis=0, keepdims=False).astype(q.dtype)
+    keys = unpacked(layer_of(keys, layer), q.dtype).astype(q.dtype)
     batch, length, heads, _ = q.shape
     first = jnp.zeros_like(counts) if first_entries is None else first_entries
     block = max(1, min(length, _SCORE_ELEMENTS // (batch * heads * keys.shape[1])))
