@@ -1,6 +1,7 @@
 """From the words of a command line to a model on devices: simulated devices, mesh, execution, checkpoint."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,22 @@ class Loaded:
         )
 
 
+_IN_ORDER = ("--xla_cpu_multi_thread_eigen=false", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+"""XLA flags with which a simulated device runs its operations one after the other."""
+
+
 def simulate_devices(count: int | None) -> None:
     """Makes ``count`` simulated CPU devices JAX's devices; call it before anything uses JAX (None: do nothing).
 
+    Each runs its operations in order, as an accelerator does: XLA's CPU backend would start independent collectives in
+    an order of its own on each device, which ends in deadlocks and in sums of parts that do not belong together.
     Raises ``ValueError`` for a count below 1 and ``RuntimeError`` if JAX has started already.
     """
     if count is None:
         return
     if count < 1:
         raise ValueError(f"simulated devices: expected at least 1, found {count}")
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_IN_ORDER)).strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
