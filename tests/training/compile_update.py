@@ -1,6 +1,8 @@
 """Compiles the optimizer step of a released model for a real TPU topology: prints one line of JSON.
 
-python tests/training/compile_update.py CONFIG TARGET TOPOLOGY MESH NEWTON_SCHULZ_DTYPE
+    python tests/training/compile_update.py CONFIG TARGET TOPOLOGY MESH NEWTON_SCHULZ_DTYPE [PATTERN ...]
+
+Parameters are cut over the data axis too. With patterns only the parameters that they name are trained.
 """
 
 import json
@@ -13,10 +15,11 @@ import numpy as np
 import optax
 from jax.experimental import topologies
 
-from deepseek_v4 import Config, Execution, Model, Placement, make_mesh
-from deepseek_v4.nn.variables import MASTER, Weight
+from deepseek_v4 import Config, Execution, Model, Placement, Rules, make_mesh
+from deepseek_v4.nn.variables import MASTER
 from deepseek_v4.parameters import map_specs
 from deepseek_v4.training.optimizer import OptimizerConfig, make_optimizer, state_shardings
+from deepseek_v4.training.partition import split, trainable_mask
 from pallas_kernels.targets import abstract_devices
 
 _COLLECTIVE = re.compile(
@@ -33,7 +36,10 @@ def bytes_per_device(tree) -> int:
 
 
 def largest_collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Number of every kind of collective in a program, and the elements of the largest array that one returns."""
+    """Number of every kind of collective in a program's text, and the elements of the largest array that one returns.
+
+    What is in a loop counts once.
+    """
     found: dict[str, tuple[int, int]] = {}
     for shape, kind in _COLLECTIVE.findall(text):
         elements = max(int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\[([\d,]+)\]", shape))
@@ -42,12 +48,19 @@ def largest_collectives(text: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def main(config: str, target: str, topology: str, mesh_text: str, dtype: str) -> dict:
+def largest_array(text: str) -> int:
+    """Elements of the largest floating-point array that any operation of a program has on one device."""
+    return max(
+        int(np.prod([int(n) for n in dims.split(",")])) for dims in re.findall(r"\b(?:f32|bf16|f16)\[([\d,]+)\]", text)
+    )
+
+
+def main(path: str, target: str, topology: str, mesh_text: str, dtype: str, *patterns: str) -> dict:
     abstract_devices(target)  # lets the compiler start
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    placement = Placement(make_mesh(mesh_text, devices))
-    model = Model(Config.from_file(config), MASTER, Execution(placement=placement))
-    specs = map_specs(lambda spec: spec if spec.kind is Weight else None, model.parameter_specs())
+    placement = Placement(make_mesh(mesh_text, devices), Rules(fsdp=("data",)))
+    model = Model(Config.from_file(path), MASTER, Execution(placement=placement))
+    specs, _ = split(model.parameter_specs(), trainable_mask(model.parameter_specs(), only=patterns))
     options = OptimizerConfig(
         learning_rate=2.7e-4,
         final_learning_rate=2.7e-5,
@@ -81,6 +94,7 @@ def main(config: str, target: str, topology: str, mesh_text: str, dtype: str) ->
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "collectives": largest_collectives(compiled.as_text()),
+        "largest_array": largest_array(compiled.as_text()),
         "largest_shard_bytes": max(bytes_per_device(leaf) for leaf in jax.tree.leaves(params)),
         "largest_parameter": max(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)),
         "seconds": round(time.perf_counter() - begin, 1),
