@@ -1,6 +1,7 @@
 """What a step keeps in each device's memory: exact arguments, and an estimate of what it needs while it runs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -67,14 +68,26 @@ def array_bytes(setting: Setting, arrays: Iterable[tuple[tuple[int, ...], Any]])
 
 def _inference_arguments(setting: Setting) -> dict[str, int]:
     work = setting.workload
-    parts = {"experts": 0, "other weights": 0}
-    for path, spec in _described(setting.descriptions.params):
-        parts["experts" if "experts" in path else "other weights"] += _stored(setting, [spec])
+    parts = dict(_weights(_whatever_batch(setting)))
     cache = setting.model().abstract_cache(work.batch, work.context, work.rollback)
     parts["cache"] = array_bytes(setting, leaves_per_device(cache))
     integers = jnp.dtype(jnp.int32)
     parts["tokens"] = array_bytes(setting, [((setting.rows, work.tokens), integers), ((setting.rows,), integers)])
     return parts
+
+
+def _whatever_batch(setting: Setting) -> Setting:
+    """The setting with the smallest workload: what does not depend on its size is computed once for all of them."""
+    least = dataclasses.replace(setting.workload, batch=setting.placement.size("batch"), context=1)
+    return dataclasses.replace(setting, workload=least)
+
+
+@functools.lru_cache(maxsize=1024)
+def _weights(setting: Setting) -> tuple[tuple[str, int], ...]:
+    parts = {"experts": 0, "other weights": 0}
+    for path, spec in _described(setting.descriptions.params):
+        parts["experts" if "experts" in path else "other weights"] += _stored(setting, [spec])
+    return tuple(parts.items())
 
 
 def _described(specs: Any) -> list[tuple[tuple[str, ...], ParameterSpec]]:
@@ -167,17 +180,21 @@ def _stored(setting: Setting, specs: Iterable[ParameterSpec]) -> int:
 
 def _training_arguments(setting: Setting) -> dict[str, int]:
     """What ``Program.train_step`` takes: its state, what it leaves as it is, and a batch."""
+    batch = [((setting.rows, setting.workload.context), jnp.dtype(kind)) for kind in BATCH.values()]
+    return dict(_state(_whatever_batch(setting))) | {"tokens": array_bytes(setting, batch)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _state(setting: Setting) -> tuple[tuple[str, int], ...]:
     program, work = setting.program(), setting.workload
     state = program.abstract_state((work.batch, work.context))
     frozen = program.split(setting.model().abstract_params())[2]
-    batch = [((setting.rows, work.context), jnp.dtype(kind)) for kind in BATCH.values()]
     weights = array_bytes(setting, leaves_per_device(state["trained"]))
-    return {
-        "trained weights": weights,
-        "optimizer": array_bytes(setting, leaves_per_device(state)) - weights,
-        "frozen weights": array_bytes(setting, leaves_per_device(frozen)),
-        "tokens": array_bytes(setting, batch),
-    }
+    return (
+        ("trained weights", weights),
+        ("optimizer", array_bytes(setting, leaves_per_device(state)) - weights),
+        ("frozen weights", array_bytes(setting, leaves_per_device(frozen))),
+    )
 
 
 def _training_working(setting: Setting) -> dict[str, int]:

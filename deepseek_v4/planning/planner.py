@@ -5,12 +5,18 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
+
 from deepseek_v4.config import Config
+from deepseek_v4.nn.variables import Weight
+from deepseek_v4.parameters import flatten
 from deepseek_v4.planning.memory import GIB, Memory, memory
 from deepseek_v4.planning.roofline import Stage, prompt_seconds, seconds_by_limit, stages, step_seconds
 from deepseek_v4.planning.topology import Topology, slices
 from deepseek_v4.planning.workload import Setting, Workload, WorkloadError
 from deepseek_v4.sharding import MESH_AXES, MeshError
+from pallas_kernels.grouped_matmul.tpu import unserved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,26 @@ def check(setting: Setting) -> None:
     if work.batch % data:
         raise WorkloadError(f"batch {work.batch} does not divide over data = {data}")
     setting.model()
+    reason = experts_unserved(setting)
+    if reason is not None:
+        raise WorkloadError(
+            f"the expert kernel does not serve this mesh, and without it XLA copies the packed experts: {reason}"
+        )
+
+
+def experts_unserved(setting: Setting) -> str | None:
+    """Why the kernel for packed experts does not serve a device's shard of them, or None; GPUs have no such kernel."""
+    chip = setting.topology.chip
+    if chip.platform != "tpu":
+        return None
+    layer = flatten(next(iter(setting.descriptions.layers.values())))
+    w1, w2 = (
+        (jax.ShapeDtypeStruct(setting.used_shard(spec), jnp.bfloat16 if spec.kind is Weight else spec.dtype), spec)
+        for spec in (layer[("ffn", "experts", name, "weight")] for name in ("w1", "w2"))
+    )
+    rows = setting.rows * setting.workload.tokens
+    x = jax.ShapeDtypeStruct((rows, setting.config.hidden_size), setting.model().execution.activation_dtype)
+    return unserved(chip, x, w1, w2)
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:

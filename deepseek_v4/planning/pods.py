@@ -1,5 +1,6 @@
 """Pod files: a planned mesh and workload as a file that the scripts take their options from."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +38,13 @@ def pod_file(model: str, plan: Plan) -> dict[str, Any]:
             "max-length": work.context,
             "prefill-chunk": work.chunk,
         }
+        if work.cache == "fp8":
+            options["generate"]["cache"] = "published"
     return {
         "model": model,
         "topology": setting.topology.name,
         "devices": setting.topology.devices,
-        "workload": work.phase,
+        "workload": dataclasses.asdict(work),
         "options": options,
         "predicted": {
             "argument_bytes": plan.memory.argument_bytes,

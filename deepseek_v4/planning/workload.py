@@ -41,7 +41,7 @@ class Workload:
     the length of a training sequence. A ``decode`` call runs one token of every sequence at the end of its context, a
     ``prefill`` call ``chunk`` tokens of every sequence; with ``draft`` the MTP block runs too, and ``rollback`` tokens
     of every cache can be taken back. ``train`` keeps float32 masters with the state of Muon and AdamW, or with ``lora``
-    the released weights and adapters of that rank.
+    the released weights and adapters of that rank. ``cache`` "fp8" keeps rows and index keys as the release does.
     """
 
     phase: Phase
@@ -51,6 +51,7 @@ class Workload:
     draft: bool = True
     rollback: int = 4
     lora: int | None = None
+    cache: Literal["bf16", "fp8"] = "bf16"
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "chunk"):
@@ -116,10 +117,12 @@ class Setting:
 
     def model(self, placement: Placement | None = None) -> Model:
         """The model as it runs there; raises ``MeshError`` where the mesh does not fit it."""
-        tpu = self.topology.chip.platform == "tpu"
+        tpu, published = self.topology.chip.platform == "tpu", self.workload.cache == "fp8"
+        words = tpu and self.workload.phase != "train"
         execution = Execution(
             placement=placement or self.placement,
-            entry_layout="words" if tpu and self.workload.phase != "train" else "plain",
+            simulate=frozenset({"kv", "indexer"} if published else ()),
+            entry_layout="published" if published else "words" if words else "plain",
         )
         return Model(self.config, self.workload.storage, execution, self.workload.adapters)
 

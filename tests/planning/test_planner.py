@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small_models import FLASH_LIKE, small_config
 
 from deepseek_v4 import Config, Execution, Model, Placement, make_mesh
+from deepseek_v4.cache import ENTRY_LAYOUTS
+from deepseek_v4.planning.cache_bytes import bytes_per_token
 from deepseek_v4.planning.memory import memory
 from deepseek_v4.planning.planner import advice_lines, advise, check, explain, largest_batch, meshes, plan, search
 from deepseek_v4.planning.pods import PodFileError, pod_file, with_pod
@@ -22,7 +24,8 @@ from deepseek_v4.planning.workload import Setting, Workload, WorkloadError
 from deepseek_v4.sharding import MeshError, parse_mesh
 from pallas_kernels.targets import CHIPS
 
-FLASH = Config.from_file(Path(__file__).parents[2] / "configs" / "flash")
+_CONFIGS = Path(__file__).parents[2] / "configs"
+FLASH = Config.from_file(_CONFIGS / "flash")
 SMALL = small_config(FLASH_LIKE)
 
 
@@ -47,6 +50,15 @@ def test_bytes_are_those_of_arrays_on_a_real_mesh():
 
     assert planned.arguments["experts"] + planned.arguments["other weights"] == held(model.abstract_params())
     assert planned.arguments["cache"] == held(model.abstract_cache(4, 640, 4))
+
+
+@pytest.mark.skipif("published" not in ENTRY_LAYOUTS, reason="caches are bfloat16")
+def test_published_format_of_the_cache_has_its_published_bytes():
+    sizes = []
+    for context in (1 << 19, 1 << 20):
+        case = setting("h200:8", "expert=8", Workload("decode", 1, context, cache="fp8"))
+        sizes.append(memory(case).arguments["cache"])
+    assert (sizes[1] - sizes[0]) / (1 << 19) == bytes_per_token(FLASH) == 3514.25
 
 
 def test_arguments_of_a_plan_are_those_that_are_compiled():
@@ -159,6 +171,17 @@ def test_impossible_settings_say_what_is_wrong():
         Workload("decode", 1, 64, lora=4)
 
 
+def test_meshes_that_the_expert_kernel_does_not_serve_are_not_planned():
+    # The kernel's tiles are 256 wide, of a v5p for each of its two cores: 3072 / 8 is no whole tile, 3072 / 4 three.
+    pro = Config.from_file(_CONFIGS / "pro")
+    work = Workload("decode", 4, 4096)
+    for topology, mesh in (("v7x:2x4x4", "expert=8,tensor=8"), ("v5p:4x4x4", "expert=16,tensor=4")):
+        with pytest.raises(WorkloadError, match="expert kernel"):
+            check(setting(topology, mesh, work, pro))
+    for topology, mesh in (("v7x:2x4x4", "expert=16,tensor=4"), ("v5p:4x4x4", "expert=32,tensor=2")):
+        check(setting(topology, mesh, work, pro))
+
+
 def test_collectives_in_loops_are_counted_as_often_as_they_run():
     mesh = Mesh(jax.devices()[:4], ("x",))
 
@@ -214,3 +237,13 @@ def test_pod_files_give_scripts_their_options(tmp_path):
         with_pod(["--pod", str(path)], "train")
     with pytest.raises(PodFileError, match="expected a file"):
         with_pod(["--pod"], "train")
+
+
+@pytest.mark.parametrize("path", sorted((_CONFIGS / "pods").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_pod_files_are_what_the_planner_writes(path):
+    written = json.loads(path.read_text())
+    work = Workload(**written["workload"])
+    options = next(iter(written["options"].values()))
+    case = setting(written["topology"], options["mesh"], work, Config.from_file(_CONFIGS / written["model"]))
+    assert pod_file(written["model"], plan(case)) == written
+    assert written["predicted"]["peak_bytes"] <= written["predicted"]["usable_bytes"]

@@ -68,7 +68,6 @@ def test_says_what_to_change_where_nothing_fits(planner, capsys):
         (["--model", "nothing"], "no such file"),
         (["--mesh", "expert=8"], "16"),
         (["--mesh", "experts=8"], "AXIS=SIZE"),
-        (["--cache", "fp8"], "bfloat16"),
         (["--batch", "0"], "at least 1"),
         (["--lora", "8"], "adapters are trained"),
     ],
