@@ -14,12 +14,13 @@ interrupted, however it was: what is finished stays, what was in flight goes on 
 same command on every host; process 0 reads and writes. The exit code is 1 if any request failed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ from deepseek_v4.engine.scheduling import round_up
 from deepseek_v4.engine.session import Session, Task, read_tasks
 from deepseek_v4.engine.state import cache_growth
 from deepseek_v4.loading import Loaded, open_model, simulate_devices
+from deepseek_v4.planning.pods import with_pod
 from deepseek_v4.requests import Prompt, RequestError, check_context, parse_line, text_prompt
 from deepseek_v4.sampling import check_sampling
 
@@ -119,7 +121,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    args = tyro.cli(Arguments, args=arguments)
+    args = tyro.cli(Arguments, args=with_pod(sys.argv[1:] if arguments is None else arguments, "generate"))
     console = Console(stderr=True, soft_wrap=True)
     try:
         check_sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.seed)
@@ -200,7 +202,7 @@ def _engine(args: Arguments, loaded: Loaded, requests: Sequence[Request], consol
     pools = _pools(args, requests)
     check_fits(loaded.model, pools, args.drafts, device_limit())
     wanted = [request.logprobs for request in requests if request.logprobs is not None]
-    try:
+    with _memory_explained(loaded, pools, args.drafts):
         with console.status("restoring the checkpoint"):
             params = jax.block_until_ready(loaded.restore())
         engine = Engine(
@@ -216,12 +218,6 @@ def _engine(args: Arguments, loaded: Loaded, requests: Sequence[Request], consol
         )
         with console.status("compiling"):
             seconds = engine.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"out of device memory: {describe_memory(loaded.model, pools, args.drafts, device_limit())}"
-        ) from error
     per_token, fixed = cache_growth(loaded.model, engine.max_length, args.drafts)
     console.print(
         f"{loaded.description}; compiled in {seconds:.1f} s; cache: {per_token:.1f} bytes per token of context and "
@@ -229,6 +225,19 @@ def _engine(args: Arguments, loaded: Loaded, requests: Sequence[Request], consol
         highlight=False,
     )
     return engine
+
+
+@contextlib.contextmanager
+def _memory_explained(loaded: Loaded, pools: Sequence[Pool], drafts: int) -> Iterator[None]:
+    """Turns the device's out of memory into numbers that would fit."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"out of device memory: {describe_memory(loaded.model, pools, drafts, device_limit())}"
+        ) from error
 
 
 def _fingerprint(directory: Path) -> str:
@@ -333,7 +342,8 @@ def _run_pending(args: Arguments, console: Console, loaded: Loaded, tasks: Seque
     work = sum(request.total - len(request.generated) for request in requests.values())
     counts = dict.fromkeys(requests, 0)
     done, reported = 0, time.monotonic()
-    with _progress(console) as progress, Interruption() as interruption:
+    explained = _memory_explained(loaded, engine.pools, args.drafts)
+    with explained, _progress(console) as progress, Interruption() as interruption:
         bar = progress.add_task("generating", total=work, rates="", requests=f"0/{len(requests)}")
         for index, update in session.run(engine, interruption):
             request = requests[index]

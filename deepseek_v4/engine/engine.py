@@ -279,15 +279,16 @@ class Engine:
         decoding = [pool for pool in self._pools if any(o and o.slot >= 0 and o.steps_left > 0 for o in pool.owners)]
         budget = None if self.token_budget is None else self.token_budget - wide * sum(len(p.owners) for p in decoding)
         read = 0
-        for pool in self._pools:
+        turn = step % len(self._pools)  # who is first when the budget is short
+        for pool in (*self._pools[turn:], *self._pools[:turn]):
+            pieces = 0
             while any(pool.reading):
                 size = self._size_of(pool)
-                if read and (budget is None or read + size > budget):
+                if pieces if budget is None else read and read + size * self._shards > budget:
                     break
+                pieces += 1
                 read += size * self._shards
                 self._prefill(pool, size, step)
-                if budget is None:
-                    break
                 self._admit(pool)
         for pool in self._pools:
             running = [o for o in pool.owners if o and o.slot >= 0 and o.steps_left > 0]

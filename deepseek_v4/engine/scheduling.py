@@ -14,7 +14,11 @@ _SMALLEST_CHUNK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """``slots`` sequences of up to ``max_length`` tokens, prompt and continuation together, that decode in one call."""
+    """``slots`` sequences of up to ``max_length`` tokens, prompt and continuation together, that decode in one call.
+
+    A slot has its whole length from the start: nothing grows, so nothing is copied, and the entries of a sequence are
+    one piece of memory, as the attention kernels read them.
+    """
 
     slots: int
     max_length: int

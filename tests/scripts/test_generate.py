@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from deepseek_v4.chat import encode_messages, parse_message_from_completion_text
+from deepseek_v4.engine import Engine
 from deepseek_v4.engine.session import Session
 from deepseek_v4.tokenizer import Tokenizer
 
@@ -232,6 +234,23 @@ def test_bad_flags_are_explained(generate, orbax_checkpoint, source, tmp_path, c
     assert generate.main(flags(orbax_checkpoint, source, output, **changes)) == 1
     assert said in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_memory_that_runs_out_is_explained_with_numbers_that_fit(
+    generate, orbax_checkpoint, source, tmp_path, monkeypatch, capsys
+):
+    def exhausted(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(Engine, "compile", exhausted)
+    monkeypatch.setattr(generate, "device_limit", lambda: 2**30)
+    assert generate.main(flags(orbax_checkpoint, source, tmp_path / "out.jsonl")) == 1
+    said = capsys.readouterr().err
+    assert "out of device memory: per device, parameters take" in said
+    assert "there would be room for" in said
+    monkeypatch.setattr(generate, "device_limit", lambda: 1000)
+    assert generate.main(flags(orbax_checkpoint, source, tmp_path / "out.jsonl")) == 1
+    assert "not one sequence would fit" in capsys.readouterr().err
 
 
 def test_max_length_is_the_context(generate, orbax_checkpoint, tmp_path):

@@ -1,0 +1,238 @@
+"""Inference beside transformers: the same checkpoint and prompts, float32, on this machine, one side after the other.
+
+Each side runs in a process of its own. Decode is measured in a batch after prompts of equal length (transformers has no
+ragged batches for this model), prefill on one long prompt; for ours a sweep over the context shows what a decoded token
+costs in front of 1K to 128K tokens of cache (filled with zeros: costs do not depend on what is in it).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+_DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceBenchmark:
+    """Prefill and decode tokens per second, time to first token and host overhead, beside transformers."""
+
+    checkpoint: Path = _DEFAULT
+    """Hugging Face directory of a small model."""
+    batches: tuple[int, ...] = (1, 8)
+    """Sequences that decode together."""
+    prompt: int = 128
+    """Tokens of their prompts."""
+    prefill: int = 2048
+    """Tokens of the prompt that is only read."""
+    new_tokens: int = 32
+    """Tokens that are decoded."""
+    drafts: int = 0
+    """Drafts per step, on our side."""
+    contexts: tuple[int, ...] = ()
+    """Contexts of the sweep, for example 1024 4096 16384 65536 131072. Default: no sweep."""
+    plot: Path | None = None
+    """Draw the sweep into this file."""
+    json: Path | None = None
+    """Write the figures to this file too."""
+
+
+def run(args: InferenceBenchmark, console: Console) -> int:
+    """Measures both sides one after the other and prints them; returns the exit code."""
+    for name in ("prompt", "prefill", "new_tokens", *(["batches"] if not args.batches else [])):
+        if not args.batches or getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    found: dict[str, Any] = {"load": os.getloadavg()[0], "processors": os.cpu_count()}
+    settings = json.dumps(dataclasses.asdict(args), default=str)
+    for side in ("ours", "transformers"):
+        with console.status(f"measuring {side}"):
+            command = [sys.executable, "-m", "deepseek_v4.benchmarks.inference", side, settings]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            console.print(f"{side} failed: {reason}", style="yellow", markup=False, highlight=False)
+            if side == "ours":
+                return 1
+            continue
+        found[side] = json.loads(done.stdout.strip().splitlines()[-1])
+    _print(args, found, console)
+    if args.plot is not None and args.contexts:
+        _draw(found["ours"]["sweep"], args.plot)
+        console.print(f"drew {args.plot}", highlight=False)
+    if args.json is not None:
+        args.json.write_text(json.dumps({**dataclasses.asdict(args), "found": found}, indent=1, default=str) + "\n")
+    return 0
+
+
+def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) -> None:
+    ours, theirs = found["ours"], found.get("transformers")
+    rows = [
+        ("prefill", f"{args.prefill} tokens", "prefill"),
+        ("time to first token", f"{args.prefill} tokens", "first"),
+    ]
+    rows += [("decode", f"batch {batch}", f"decode {batch}") for batch in args.batches]
+    table = Table(
+        title=f"float32 on this CPU ({found['processors']} processors, load {found['load']:.1f} at the start)"
+    )
+    for column in ("", "", "ours", "transformers", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for what, shape, key in rows:
+        unit, digits = ("s", 3) if key == "first" else ("tokens/s", 1)
+        other = None if theirs is None else theirs[key]
+        ratio = "" if other is None else f"{other / ours[key] if key == 'first' else ours[key] / other:.1f}x"
+        table.add_row(
+            what, shape, f"{ours[key]:.{digits}f} {unit}", "" if other is None else f"{other:.{digits}f} {unit}", ratio
+        )
+    console.print(table)
+    console.print(
+        f"ours: {ours['chips']} chip, host work {1e6 * ours['host_seconds']:.0f} us per decode step of batch "
+        f"{args.batches[-1]}, {100 * ours['host_share']:.1f} % of it"
+        + (f"; {100 * ours['acceptance']:.0f} % of drafts accepted" if args.drafts else ""),
+        highlight=False,
+    )
+    if args.contexts:
+        sweep = Table(title="one sequence: a decoded token in front of a context")
+        for column in ("context", "milliseconds", "cache MiB"):
+            sweep.add_column(column, justify="right")
+        for context, seconds, size in ours["sweep"]:
+            sweep.add_row(f"{context}", f"{1e3 * seconds:.2f}", f"{size / 2**20:.1f}")
+        console.print(sweep)
+
+
+def _draw(sweep: list[list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    contexts, seconds, _ = zip(*sweep, strict=True)
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.plot(contexts, [1e3 * s for s in seconds], marker="o")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("ms per decoded token")
+    axes.set_title("Built-in model, one sequence, float32 on a CPU")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _prompts(vocab_size: int, rows: int, length: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(3, vocab_size, (rows, length)).tolist()
+
+
+def _ours(args: InferenceBenchmark) -> dict[str, Any]:
+    import jax
+
+    from deepseek_v4 import Execution, Model
+    from deepseek_v4.checkpoint import open_checkpoint
+    from deepseek_v4.engine import Engine, Pool, Request
+
+    jax.config.update("jax_platforms", "cpu")
+    checkpoint = open_checkpoint(args.checkpoint)
+    model = Model(checkpoint.config, checkpoint.storage, Execution("float32"))
+    params = checkpoint.load(model)
+    figures: dict[str, Any] = {"chips": 1, "acceptance": 0.0}
+
+    def engine_for(batch: int, length: int, chunk: int) -> Engine:
+        pool = Pool(batch, length + args.new_tokens)
+        engine = Engine(model, params, [pool], chunks=(chunk,), drafts=args.drafts)
+        engine.compile()
+        return engine
+
+    vocab = model.config.vocab_size
+    engine = engine_for(1, args.prefill, min(args.prefill, 2048))
+    (prompt,) = _prompts(vocab, 1, args.prefill)
+    best = min(_timed(lambda: list(engine.run([Request(tuple(prompt), 1)]))) for _ in range(3))
+    figures |= {"prefill": args.prefill / best, "first": best}
+    for batch in args.batches:
+        engine = engine_for(batch, args.prompt, args.prompt)
+        # The model may end an answer at any time: what is counted is what was decoded.
+        requests = [Request(tuple(p), args.new_tokens) for p in _prompts(vocab, batch, args.prompt)]
+        rates = []
+        for _ in range(3):
+            first: dict[int, float] = {}
+            tokens = 0
+            before = dataclasses.replace(engine.statistics)
+            for update in engine.run(requests):
+                first.setdefault(update.request_id, time.perf_counter())
+                if len(first) == batch:
+                    tokens += len(update.token_ids)
+                    start = max(first.values())
+            rates.append((tokens - 1) / (time.perf_counter() - start))
+            now = engine.statistics
+        figures[f"decode {batch}"] = max(rates)
+        figures["host_seconds"] = (now.host_seconds - before.host_seconds) / (now.steps - before.steps)
+        figures["host_share"] = (now.host_seconds - before.host_seconds) / (now.seconds - before.seconds)
+        figures["acceptance"] = now.acceptance
+    figures["sweep"] = [_at_context(model, params, context) for context in args.contexts]
+    return figures
+
+
+def _at_context(model, params, context: int) -> tuple[int, float, int]:
+    import jax
+    import jax.numpy as jnp
+
+    from deepseek_v4.model import rollback
+
+    step = jax.jit(lambda p, t, c: model.forward(p, t, c, last_only=True), donate_argnums=2)
+    cache = rollback(model.init_cache(1, context + 128), jnp.full(1, context, jnp.int32))
+    size = sum(array.nbytes for array in jax.tree.leaves(cache))
+    token, seconds = np.full((1, 1), 5, np.int32), []
+    for _ in range(24):
+        begin = time.perf_counter()
+        logits, _, cache = step(params, token, cache)
+        jax.block_until_ready(logits)
+        seconds.append(time.perf_counter() - begin)
+    return context, float(np.median(seconds[4:])), size
+
+
+def _transformers(args: InferenceBenchmark) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).float().eval()
+    vocab = model.config.vocab_size
+    figures: dict[str, Any] = {}
+    with torch.no_grad():
+        ids = torch.tensor(_prompts(vocab, 1, args.prefill))
+        best = min(_timed(lambda: model(ids, use_cache=True, logits_to_keep=1)) for _ in range(3))
+        figures |= {"prefill": args.prefill / best, "first": best}
+        for batch in args.batches:
+            ids = torch.tensor(_prompts(vocab, batch, args.prompt))
+            rates = []
+            for _ in range(2):
+                out = model(ids, use_cache=True, logits_to_keep=1)
+                begin = time.perf_counter()
+                for _ in range(args.new_tokens - 1):
+                    token = out.logits[:, -1].argmax(-1, keepdim=True)
+                    out = model(token, cache=out.past_key_values, use_cache=True)
+                rates.append(batch * (args.new_tokens - 1) / (time.perf_counter() - begin))
+            figures[f"decode {batch}"] = max(rates)
+    return figures
+
+
+def _timed(function) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def _side(name: str, settings: str) -> None:
+    values = json.loads(settings)
+    for field in ("checkpoint", "json", "plot"):
+        values[field] = None if values[field] in (None, "None") else Path(values[field])
+    args = InferenceBenchmark(**values)
+    print(json.dumps({"ours": _ours, "transformers": _transformers}[name](args)))
+
+
+if __name__ == "__main__":
+    _side(*sys.argv[1:])
