@@ -23,6 +23,7 @@ from rich.console import Console
 
 from deepseek_v4.distributed import Processes, is_main, start
 from deepseek_v4.loading import simulate_devices
+from deepseek_v4.planning.pods import with_pod
 from deepseek_v4.sharding import MESH_AXES
 from deepseek_v4.training.export import check_target, export
 from deepseek_v4.training.run import Run, open_run
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        args = _parse(arguments)
+        args = _parse(with_pod(arguments, "train"))
         simulate_devices(args.simulate_devices)
         start(args.processes)
         return _run(args, console)
