@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def experts_unserved(setting: Setting) -> str | None:
         for spec in (layer[("ffn", "experts", name, "weight")] for name in ("w1", "w2"))
     )
     rows = setting.rows * setting.workload.tokens
-    x = jax.ShapeDtypeStruct((rows, setting.config.hidden_size), setting.model().execution.activation_dtype)
+    x: Any = jax.ShapeDtypeStruct((rows, setting.config.hidden_size), setting.model().execution.activation_dtype)
     return unserved(chip, x, w1, w2)
 
 
