@@ -47,6 +47,7 @@ from deepseek_v4.checkpoint import (
     to_orbax,
 )
 from deepseek_v4.checkpoint.layout import items
+from deepseek_v4.distributed import Processes, start
 from deepseek_v4.names import unnumbered
 from deepseek_v4.training.merging import Merged, add_to_report, open_merged
 
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _share(options: argparse.Namespace) -> Share:
     if options.distributed:
-        jax.distributed.initialize()
+        start(Processes(distributed=True))
         return Share.of_this_process()
     if (options.process_index is None) != (options.process_count is None):
         raise CheckpointError("--process-index and --process-count go together")
