@@ -1,4 +1,8 @@
-"""configs/train_default.py with AdamW for every parameter instead of Muon, all else equal: for the comparison."""
+"""The first 400 steps of configs/train_default.py with AdamW for every parameter, all else equal: for the comparison.
+
+    python scripts/train.py --config configs/train_default_adamw.py
+    python scripts/plot_runs.py runs/default runs/default-adamw --output docs/training.png
+"""
 
 import dataclasses
 import runpy
@@ -10,5 +14,9 @@ config = dataclasses.replace(
     _muon,
     output=Path("runs/default-adamw"),
     optimizer=dataclasses.replace(_muon.optimizer, name="adamw"),
+    steps=400,
+    mode="full",  # the other quantises from a later step on
+    simulate=(),
+    quantise_from=0,
     export=None,
 )

@@ -16,11 +16,25 @@ from deepseek_v4.training.optimizer import OptimizerConfig
 from deepseek_v4.training.partition import parameter_names
 from deepseek_v4.training.step import Objective, Program, random_params
 
-CONFIG = small_config((0, 4, 128, 4), num_hash_layers=1, index_topk=8, num_attention_heads=8, o_groups=4)
+CONFIG = small_config((0, 4, 128), num_hash_layers=1, index_topk=8, num_attention_heads=8, o_groups=4)
 ROWS, LENGTH = 8, 144
 OPTIMIZER = OptimizerConfig(
-    learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=1, decay_start=2, total_steps=4, clip_norm=1.0
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    warmup_steps=1,
+    decay_start=2,
+    total_steps=4,
+    clip_norm=1.0,
+    eps=1e-4,  # AdamW's first step is the sign of the gradient, also where that is rounding; not with this
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """The same arithmetic without LLVM's optimisations: compiling is most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def program(mesh: str | None = None, rules: Rules | None = None, **changes) -> Program:
@@ -61,13 +75,13 @@ def start(run: Program):
 
 
 @functools.cache
-def one_step(run: Program):
-    """(params after a step, metrics) as NumPy arrays."""
+def two_steps(run: Program):
+    """(params and optimizer state after one step, metrics of two steps) as NumPy arrays and numbers."""
     state, frozen = start(run)
-    placed = run.place_batch(batch())
-    ahead = run.place_batch(batch(1)) if run.anticipate else None
-    state, metrics = run.train_step(state, frozen, placed, ahead)
-    return jax.tree.map(np.asarray, run.params(state, frozen)), {k: float(v) for k, v in metrics.items()}
+    state, first = run.train_step(state, frozen, run.place_batch(batch()))
+    after = jax.tree.map(np.asarray, (run.params(state, frozen), state["optimizer"]))
+    _, second = run.train_step(state, frozen, run.place_batch(batch(1)))
+    return *after, [{k: float(v) for k, v in metrics.items()} for metrics in (first, second)]
 
 
 def named_leaves(run: Program, params):
@@ -79,17 +93,19 @@ def named_leaves(run: Program, params):
 
 
 def close(found: Program, expected: Program) -> None:
-    (params, metrics), (wanted, wanted_metrics) = one_step(found), one_step(expected)
-    for name, value in wanted_metrics.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
-    before = start_values()
-    for (name, a), b, first in zip(
-        named_leaves(found, params), jax.tree.leaves(wanted), jax.tree.leaves(before), strict=True
-    ):
-        # Of the step itself: float32 rounding of gradients, spread by ten Newton-Schulz steps or divided by its size.
-        np.testing.assert_allclose(
-            a - first, b - first, rtol=0, atol=2e-2 * np.abs(b - first).max() + 1e-9, err_msg=name
-        )
+    """Gradients, which are the optimizer's moments after a step, and the metrics of that step and the next.
+
+    Not the parameters: where a gradient has directions that should be zero, Muon makes rounding as large as the rest.
+    """
+    (_, moments, metrics), (_, wanted, wanted_metrics) = two_steps(found), two_steps(expected)
+    for step, tolerance in ((0, 2e-5), (1, 1e-3)):
+        for name, value in wanted_metrics[step].items():
+            np.testing.assert_allclose(metrics[step][name], value, rtol=tolerance, atol=1e-6, err_msg=f"{step} {name}")
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(moments), jax.tree.leaves(wanted), strict=True):
+        # float32 sums in the order that another program takes; the whole gradient has norm 1 (clip_norm), and some of
+        # it is zero but for rounding: a norm follows the output head's weights, which alike streams only scale.
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-4 * np.abs(b).max() + 2e-6, err_msg=name)
 
 
 def test_a_step_on_eight_devices_is_that_of_one() -> None:
@@ -141,7 +157,7 @@ def test_the_indexer_learns_from_its_own_loss_alone() -> None:
 def test_balance_biases_move_by_their_rate_towards_an_even_load() -> None:
     run = program()
     before = dict(named_leaves(run, start_values()))
-    after = dict(named_leaves(run, one_step(run)[0]))
+    after = dict(named_leaves(run, two_steps(run)[0]))
     state, frozen = start(run)
     sums = run.eval_step(state, frozen, run.place_batch(batch()))
     load = np.asarray(sums["load"])
