@@ -1,14 +1,18 @@
-"""The built-in small model: a V4 in the released layout with every kind of layer, and its own tokenizer.
+"""The built-in small model: a V4 in the released layout with every kind of layer, trained here, and its own tokenizer.
 
-python -m deepseek_v4.default_model --output DIR         writes the Hugging Face directory (seeded random weights)
-python -m deepseek_v4.default_model --train-tokenizer    recreates configs/default/tokenizer.json from the corpus
+python -m deepseek_v4.default_model --output DIR           writes the model as a Hugging Face directory
+python -m deepseek_v4.default_model --output DIR --seed 0  ... with random weights instead of the trained ones
+python -m deepseek_v4.default_model --chats FILE           writes conversations about its novels, to fine-tune on
+python -m deepseek_v4.default_model --train-tokenizer      recreates configs/default/tokenizer.json from the corpus
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import lzma
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import tyro
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from deepseek_v4.checkpoint.export import to_hf
+from deepseek_v4.checkpoint.huggingface import INDEX_FILE, open_huggingface
 from deepseek_v4.checkpoint.layout import Item, item_specs, items
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.checkpoint.source import Leaf
@@ -196,31 +201,58 @@ def _random_item(config: Config, specs: tuple, seed: jax.Array, number: jax.Arra
     return initialise(config, nest(dict(specs)), stream)
 
 
-def write_default(directory: str | Path, seed: int = 0) -> Path:
-    """Writes the built-in model to ``directory`` as a release is laid out, with seeded random weights.
+def write_default(directory: str | Path, seed: int | None = None) -> Path:
+    """Writes the built-in model to ``directory`` as a release is laid out: trained weights, or random ones of ``seed``.
 
     Config, tokenizer, safetensors shards and their index; a directory that an earlier run left unfinished is completed.
     Raises ``CheckpointError`` if the directory holds something else, and ``FileNotFoundError`` outside a checkout,
     where the files of ``configs/default`` are missing.
     """
-    missing = [name for name in FILES if not (CONFIG_DIRECTORY / name).is_file()]
+    needed = FILES if seed is not None else (*FILES, INDEX_FILE)
+    missing = [name for name in needed if not (CONFIG_DIRECTORY / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{CONFIG_DIRECTORY}: {', '.join(missing)} missing; the built-in model needs a checkout of the repository "
             "(pip install -e .)"
         )
-    to_hf(RandomSource(seed=seed), directory)
+    to_hf(open_huggingface(CONFIG_DIRECTORY) if seed is None else RandomSource(seed=seed), directory)
     return Path(directory)
+
+
+_SENTENCE = re.compile(r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)\s+")
+_CHARACTERS = range(40, 200)  # of a sentence that makes a turn
+
+
+def chats(every: int = 20) -> Iterator[dict[str, Any]]:
+    """Conversations for fine-tuning, {"messages": [...]}: a sentence of a novel, and the one that follows it.
+
+    One of every ``every`` pairs of sentences of middle length, novel by novel; a function of the corpus alone.
+    """
+    pairs = (
+        pair
+        for _, text in corpus()
+        for paragraph in text.splitlines()
+        for pair in itertools.pairwise(_SENTENCE.split(paragraph))
+        if all(len(sentence) in _CHARACTERS for sentence in pair)
+    )
+    for said, following in itertools.islice(pairs, 0, None, every):
+        messages = [
+            {"role": "user", "content": f"What comes next? {said}"},
+            {"role": "assistant", "content": following},
+        ]
+        yield {"messages": messages}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
-    """Writes the built-in small model, or recreates its tokenizer."""
+    """Writes the built-in small model, conversations to fine-tune it on, or its tokenizer."""
 
     output: Path | None = None
     """Directory to write the model to, in the released Hugging Face layout."""
-    seed: int = 0
-    """Seed of the random weights."""
+    seed: int | None = None
+    """Seed of random weights. Default: the trained ones."""
+    chats: Path | None = None
+    """JSONL file to write conversations to."""
     train_tokenizer: bool = False
     """Recreate configs/default/tokenizer.json from the corpus."""
 
@@ -228,13 +260,17 @@ class _Arguments:
 def main() -> None:
     """The command line."""
     arguments = tyro.cli(_Arguments)
-    if not arguments.train_tokenizer and arguments.output is None:
-        raise SystemExit("nothing to do: give --output DIR or --train-tokenizer")
+    if not (arguments.train_tokenizer or arguments.output or arguments.chats):
+        raise SystemExit("nothing to do: give --output DIR, --chats FILE or --train-tokenizer")
     jax.config.update("jax_platforms", "cpu")  # the same bytes on every machine, and small
     if arguments.train_tokenizer:
         path = CONFIG_DIRECTORY / "tokenizer.json"
         write_atomically(path, train_tokenizer().encode("utf-8"))
         print(f"wrote {path}")
+    if arguments.chats is not None:
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in chats()]
+        write_atomically(arguments.chats, "".join(lines).encode("utf-8"))
+        print(f"wrote {arguments.chats}: {len(lines)} conversations")
     if arguments.output is not None:
         print(f"wrote {write_default(arguments.output, arguments.seed)}")
 

@@ -1,10 +1,10 @@
-"""The whole path on the built-in small model: build a released-format checkpoint, convert, restore sharded, generate.
+"""The whole path on the built-in small model: a released-format checkpoint, converted, restored sharded, generating.
 
     python scripts/demo.py
     python scripts/demo.py --prompt "Emma was" --mesh data=2,expert=2,tensor=2 --keep DIR
 
-Needs no accelerator and no download: eight CPU devices are simulated. The weights are seeded random, so the text is
-not language; every step is the one a full-size release goes through.
+Needs no accelerator and no download: eight CPU devices are simulated. The model was trained by
+configs/train_default.py on novels of Jane Austen; every step is the one a full-size release goes through.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from deepseek_v4.requests import text_prompt
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Build, convert, restore and run the built-in small model."""
+    """Write, convert, restore and run the built-in small model."""
 
     prompt: str = "It is a truth universally acknowledged, that"
     """Text to continue."""
@@ -81,7 +81,7 @@ def _run(args: Arguments, directory: Path, console: Console) -> None:
     hf, orbax = directory / "hf", directory / "orbax"
     write_default(hf)
     size = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
-    step(f"1. built a checkpoint in the released layout: {size / 1e6:.1f} MB of FP4, FP8, BF16 and F32 tensors")
+    step(f"1. wrote the built-in model in the released layout: {size / 1e6:.1f} MB of FP4, FP8, BF16 and F32 tensors")
 
     source = open_huggingface(hf)
     to_orbax(source, orbax)

@@ -11,9 +11,10 @@ import pytest
 
 from deepseek_v4 import Config, MeshError
 from deepseek_v4.checkpoint import inspect_checkpoint
-from deepseek_v4.default_model import default_config, write_default
-from deepseek_v4.loading import default_placement
+from deepseek_v4.default_model import CONFIG_DIRECTORY, corpus, default_config, write_default
+from deepseek_v4.loading import default_placement, open_model
 from deepseek_v4.nn.variables import RELEASED
+from deepseek_v4.scoring import score
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +29,17 @@ def test_the_demo_runs_the_whole_path(tmp_path):
     assert "It is a truth universally acknowledged, that" in done.stdout
     assert re.search(r"generated 32 tokens .* tokens/s per chip, .* tokens/s per sequence", done.stdout)
     assert sum(path.stat().st_size for path in (tmp_path / "hf").iterdir()) < 12e6
+
+
+def test_the_built_in_model_has_learnt_its_language(tmp_path):
+    """Its own checkpoint is complete, and predicts a novel it has not seen far better than chance (ln 4096 = 8.3)."""
+    found = inspect_checkpoint(CONFIG_DIRECTORY)
+    assert found.complete
+    loaded = open_model(CONFIG_DIRECTORY, dtype="float32", mesh="data=8")
+    text = dict(corpus())["persuasion"][200_000:203_000]
+    tokens = loaded.tokenizer.encode(text)[:512]
+    (scores,) = score(loaded.model, loaded.restore(), [tokens])
+    assert -scores.logprobs.mean() < 5.0
 
 
 @pytest.mark.slow
