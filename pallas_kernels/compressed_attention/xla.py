@@ -45,24 +45,7 @@ def compressed_attention(q, window, sink, start, *, scale, **arguments):
     return _in_blocks(attend, q, window, start, **arguments)
 
 
-def index_divergence(
-    scores,
-    q,
-    window,
-    sink,
-    start,
-    ring,
-    entries,
-    layer,
-    counts,
-    indices,
-    window_counts,
-    first_entries,
-    *,
-    window_size,
-    scale,
-    sum_over=(),
-):
+def index_divergence(scores, q, window, sink, start, *, scale, sum_over, **arguments):
     """See ``pallas_kernels.compressed_attention.index_divergence``."""
 
     def diverge(queries: _Queries, entries):
@@ -82,21 +65,7 @@ def index_divergence(
         log_taught = jnp.log(jnp.where(taught > 0, taught, 1.0))
         return jnp.sum(jnp.where(seen, taught * (log_taught - log_student), 0.0), axis=-1)
 
-    return _in_blocks(
-        diverge,
-        q,
-        window,
-        start,
-        ring=ring,
-        entries=entries,
-        layer=layer,
-        counts=counts,
-        indices=indices,
-        window_size=window_size,
-        window_counts=window_counts,
-        first_entries=first_entries,
-        extra=scores,
-    )
+    return _in_blocks(diverge, q, window, start, extra=scores, **arguments)
 
 
 def _in_blocks(

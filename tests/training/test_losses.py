@@ -9,6 +9,7 @@ import pytest
 from deepseek_v4 import Execution
 from deepseek_v4.nn.moe import load_and_balance, log_sqrt_softplus
 from deepseek_v4.training import losses
+from pallas_kernels.compressed_attention import index_divergence
 
 EXECUTION = Execution("float32")
 
@@ -78,3 +79,63 @@ def test_load_and_balance_equal_their_definitions() -> None:
         expected.append(np.sum(f * shares[row, :count].mean(0)))
     np.testing.assert_allclose(balance, np.mean(expected), rtol=1e-5)
     np.testing.assert_array_equal(load, [np.sum(ids[real] == e) for e in range(experts)])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_index_divergence_equals_a_float64_loop(sparse) -> None:
+    """KL of the joint softmax (window, entries, sink), summed over heads and renormalised, from the indexer's."""
+    rng = np.random.default_rng(2)
+    rows, length, heads, width, total, window, chosen = 2, 9, 3, 8, 5, 4, 3
+    q, kv, entries = (
+        rng.normal(size=s) for s in ((rows, length, heads, width), (rows, length, width), (rows, total, width))
+    )
+    sink, scores = rng.normal(size=heads), rng.normal(size=(rows, length, total))
+    counts = np.minimum((np.arange(length) + 1) // 2, total)[None].repeat(rows, 0)
+    first = np.maximum(counts - 3, 0)
+    seen = (np.arange(total) < counts[..., None]) & (np.arange(total) >= first[..., None])
+    scores = np.where(seen, scores, -np.inf)
+    indices = None
+    if sparse:
+        order = np.argsort(-scores, axis=-1, kind="stable")[..., :chosen]
+        indices = np.where(np.take_along_axis(seen, order, -1), order, -1)
+    expected = np.zeros((rows, length))
+    for b, t in np.ndindex(rows, length):
+        picked = np.flatnonzero(seen[b, t]) if indices is None else indices[b, t][indices[b, t] >= 0]
+        if not len(picked):
+            continue
+        taught = np.zeros(len(picked))
+        for h in range(heads):
+            keys = np.concatenate([kv[b, max(0, t - window + 1) : t + 1], entries[b, picked]])
+            weights = np.exp(keys @ q[b, t, h] * 0.3)
+            taught += weights[-len(picked) :] / (weights.sum() + np.exp(sink[h]))
+        taught /= taught.sum()
+        student = np.exp(scores[b, t, picked])
+        expected[b, t] = np.sum(taught * np.log(taught / (student / student.sum())))
+
+    def f32(a):
+        return jnp.asarray(a, jnp.float32)
+
+    def divergence(scores, q):
+        return index_divergence(
+            scores,
+            q,
+            jnp.pad(f32(kv), [(0, 0), (window - 1, 0), (0, 0)]),
+            f32(sink),
+            jnp.zeros(rows, jnp.int32),
+            None,
+            f32(entries)[None],
+            0,
+            jnp.asarray(counts),
+            None if indices is None else jnp.asarray(indices),
+            None,
+            jnp.asarray(first),
+            window_size=window,
+            scale=0.3,
+        )
+
+    # float32 against float64.
+    np.testing.assert_allclose(divergence(f32(scores), f32(q)), expected, rtol=1e-4, atol=1e-5)
+    of_scores, of_queries = jax.grad(lambda s, q: divergence(s, q).sum(), argnums=(0, 1))(f32(scores), f32(q))
+    assert np.isfinite(of_scores).all()
+    assert np.any(of_scores)
+    assert not np.any(of_queries)  # the teacher does not learn
