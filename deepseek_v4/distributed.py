@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from deepseek_v4.sharding import MeshError, Placement
 
@@ -59,6 +60,15 @@ def start(processes: Processes = Processes()) -> None:
 def is_main() -> bool:
     """Whether this process is the one that prints and writes what there is one of."""
     return jax.process_index() == 0
+
+
+def meet(where: str, seconds: float = 7200) -> None:
+    """Waits until every process of the run is at the point that ``where`` names (once), without using devices.
+
+    For what takes each process its own time, such as compiling: a collective would not wait so long.
+    """
+    if jax.process_count() > 1:
+        get_barrier_sync_fn()(key=where, timeout_ms=int(1000 * seconds))
 
 
 def batch_share(placement: Placement | None) -> tuple[int, int]:

@@ -28,14 +28,14 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-def write_documents(path: Path, count: int = 60, seed: int = 0) -> Path:
+def write_documents(path: Path, count: int = 60, seed: int = 0, shift: int = 3) -> Path:
     """Token ids of documents of 10 to 120 tokens in which each token follows from the one before, mostly."""
     rng = np.random.default_rng(seed)
     documents = []
     for length in rng.integers(10, 120, count):
         tokens = [0, int(rng.integers(2, 256))]
         while len(tokens) < length:
-            tokens.append((tokens[-1] * 5 + 3) % 254 + 2 if rng.random() < 0.9 else int(rng.integers(2, 256)))
+            tokens.append((tokens[-1] * 5 + shift) % 254 + 2 if rng.random() < 0.9 else int(rng.integers(2, 256)))
         documents.append({"token_ids": tokens})
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     return path
@@ -53,7 +53,10 @@ config = TrainConfig(
     optimizer=OptimizerConfig(
         learning_rate=5e-3, final_learning_rate=5e-4, warmup_steps=2, decay_start=6, total_steps=10
     ),
-    data=DataConfig(paths=(str(HERE / "documents.jsonl"),), sequence_length=128, batch_size=8, holdout=0.2),
+    data=DataConfig(
+        paths=(str(HERE / "documents.jsonl"),), evaluation_paths=(str(HERE / "held_out.jsonl"),),
+        sequence_length=128, batch_size=8,
+    ),
     eval_every=4, eval_batches=1, checkpoint_every=3,
 )
 """
@@ -64,6 +67,8 @@ class Workplace:
     """A directory with a config, and the compiled programs that its runs share."""
 
     directory: Path
+    flags: str = ""
+    """Of XLA."""
 
     @property
     def config(self) -> Path:
@@ -78,7 +83,7 @@ class Workplace:
         return {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": self.flags,
             # Compiled once for all runs.
             "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -98,17 +103,18 @@ class Workplace:
     def run(self, *arguments: str, script: str = "train", code: int = 0) -> str:
         """What a run says, after checking its exit code."""
         process = self.start(*arguments, script=script)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=1800)
         assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
         return out + err
 
 
-def workplace(directory: Path) -> Workplace:
+def workplace(directory: Path, flags: str = "") -> Workplace:
     """A new one, with the tiny model and documents."""
     write_model(directory / "model")
     write_documents(directory / "documents.jsonl")
+    write_documents(directory / "held_out.jsonl", 12, seed=1)
     (directory / "config.py").write_text(CONFIG_FILE)
-    return Workplace(directory)
+    return Workplace(directory, flags)
 
 
 def metrics(output: Path) -> list[dict]:

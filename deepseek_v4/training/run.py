@@ -128,7 +128,10 @@ def open_run(config: TrainConfig, one_pass: bool = False) -> Run:
     if config.weights == "random":
         source: Source = RandomSource(config.model)
     else:
-        source = open_source(config.model)
+        try:
+            source = open_source(config.model)
+        except CheckpointError as error:
+            raise CheckpointError(f"model: {error}; to begin without a checkpoint set weights 'random'") from error
     placement = _placement(config)
     execution = Execution(
         config.dtype, frozenset(config.simulate), placement=placement, implementation=config.implementation

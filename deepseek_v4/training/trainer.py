@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deepseek_v4.data import Batch
-from deepseek_v4.distributed import is_main
+from deepseek_v4.distributed import is_main, meet
 from deepseek_v4.model import Params
 from deepseek_v4.training.checkpoints import Checkpoints
 from deepseek_v4.training.evaluation import Evaluation, evaluate
@@ -34,7 +34,7 @@ from deepseek_v4.training.throughput import Meter, Peak, peak, training_operatio
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints in its output directory."""
 
-_PLAIN_SECONDS = 10.0  # between lines where there is no terminal for a progress bar
+_PLAIN_SECONDS = 30.0  # between lines where there is no terminal for a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,12 @@ def train(run: Run, console: Console, accept_changes: bool = False) -> Outcome:
         try:
             for step, batch, ahead in _batches(run, start, stack):
                 program = run.program(step)
-                if config.eval_every and step % config.eval_every == 0:
-                    record.evaluation(step, evaluate_held_out(run, program, state, frozen))
                 placed = program.place_batch(batch)
                 future = None if ahead is None else program.place_batch(ahead)
+                if step == start or program != run.program(step - 1):
+                    record.note(_compile(run, program, (state, frozen, placed, future), step))
+                if config.eval_every and step % config.eval_every == 0:
+                    record.evaluation(step, evaluate_held_out(run, program, state, frozen))
                 state, metrics = program.train_step(state, frozen, placed, future)
                 record.step(step, metrics)
 
@@ -108,6 +110,20 @@ def train(run: Run, console: Console, accept_changes: bool = False) -> Outcome:
         finally:
             checkpoints.wait()
         return Outcome(state, frozen, step, interrupted, record.last_evaluation)
+
+
+def _compile(run: Run, program: Program, arguments: tuple, step: int) -> str:
+    """Compiles what ``program`` will run from ``step`` on, in all processes, and says what that took."""
+    begin = time.perf_counter()
+    memory = Program.train_step.lower(program, *arguments).compile().memory_analysis()
+    if run.config.eval_every:
+        Program.eval_step.lower(program, *arguments[:3]).compile()
+    meet(f"compiled for step {step}")
+    said = f"compiled in {time.perf_counter() - begin:.0f} s"
+    if memory is None:
+        return said
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return f"{said}; a step takes {(kept + memory.temp_size_in_bytes) / 2**30:.2f} GiB per device"
 
 
 def _batches(run: Run, start: int, stack: ExitStack) -> Iterator[tuple[int, Batch, Batch | None]]:
@@ -245,6 +261,11 @@ class Record:
         while self._pending:
             self._read()
         self._meter.pause()
+
+    def note(self, text: str) -> None:
+        """Shows a line, after what is known of the steps before it."""
+        self.read_all()
+        self._say(text)
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Writes the evaluation of the parameters before ``step``."""

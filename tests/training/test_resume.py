@@ -64,17 +64,18 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(place, whole):
     assert files(export) == files(place.directory / "whole-export")
 
 
-def test_sigterm_saves_and_stops(place, whole):
-    output = place.directory / "stopped"
-    process = place.start("--output", str(output))
-    wait_for_steps(process, output, 4)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 143, err
-    assert "SIGTERM: stopped after step" in err
-    (step,) = {line["step"] for line in metrics(output)[-1:]}
-    assert (output / "checkpoints" / str(step + 1)).is_dir()
-    assert f"going on from step {step + 1} of 10" in place.run("--output", str(output))
+def test_signals_save_and_stop(place, whole):
+    output, done = place.directory / "stopped", 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = place.start("--output", str(output))
+        wait_for_steps(process, output, done + 2)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=1800)
+        assert process.returncode == code, err
+        assert f"{number.name}: stopped after step" in err
+        done = metrics(output)[-1]["step"] + 1
+        assert (output / "checkpoints" / str(done)).is_dir()
+    assert f"going on from step {done} of 10" in place.run("--output", str(output))
     assert metrics(output) == metrics(whole)
     same_state(state(output, 10), state(whole, 10))
 
