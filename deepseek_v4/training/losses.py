@@ -3,7 +3,6 @@
 Sources: DeepSeek-V4 report 2.4 and 4.2; architecture section 8 for the draft.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -43,8 +42,8 @@ def cross_entropy(
 ) -> CrossEntropy:
     """Cross-entropy of ``following`` [B, S] under logits hidden [B, S, d] times weight [vocab, d], where ``wanted``.
 
-    A part of the sequence at a time, also in the backward pass, which computes the logits again: logits of all tokens
-    never exist together. Operands have the dtype of ``hidden``, sums are float32.
+    A part of the sequence at a time, also in the backward pass, which computes the logits again: logits of more tokens
+    than one part never exist together. Operands have the dtype of ``hidden``, sums are float32.
     """
     batch, length, _ = hidden.shape
     placement = execution.placement
@@ -52,7 +51,6 @@ def cross_entropy(
     part = max(1, min(length, _LOGITS * shards // (batch * weight.shape[0])))
     parts = -(-length // part)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
     def run(inputs):
         hidden, following, wanted = inputs
         logits = jnp.einsum(
@@ -75,6 +73,7 @@ def cross_entropy(
 
     if parts == 1:
         return CrossEntropy(*run((hidden, following, wanted)))
+    run = jax.checkpoint(run, prevent_cse=False)
 
     def cut(a):
         a = jnp.pad(a, [(0, 0), (0, parts * part - length)] + [(0, 0)] * (a.ndim - 2))

@@ -16,6 +16,7 @@ from deepseek_v4.formats import unpack_words
 from pallas_kernels.targets import current_chip
 
 _QUERY_BLOCK = 128
+_KEPT_ELEMENTS = 1 << 24  # scores and gathered entries that a backward pass may find (64 MiB in float32)
 _GATHER_ELEMENTS = 1 << 25  # bounds the [B, block, K, c] gather of selected entries
 
 
@@ -107,8 +108,14 @@ def _in_blocks(
         block = max(1, min(block, _GATHER_ELEMENTS // (batch * indices.shape[-1] * width)))
     blocks = -(-length // block)
 
-    # Recomputed in a backward pass: the scores of all blocks together are what should never be in memory.
-    run = jax.checkpoint(lambda queries: function(queries, entries))
+    def run(queries: _Queries):
+        return function(queries, entries)
+
+    # Recomputed in a backward pass where the scores of all blocks together are what should never be in memory.
+    keys = (0 if entries is None else entries.shape[1]) if indices is None else indices.shape[-1]
+    gathered = 0 if indices is None else indices.size * width
+    if q.size // width * (block + window_size + keys) + gathered > _KEPT_ELEMENTS:
+        run = jax.checkpoint(run)
     if blocks == 1:
         return run(_Queries(q, window, window_counts, first_entries, counts, indices, extra))
 
