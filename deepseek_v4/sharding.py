@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_policies
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -148,8 +147,8 @@ class Placement:
             whole, cut = self.sharding(spec.axes, spec.shape), self.parameter_sharding(spec)
             if "experts" in spec.axes or whole == cut:
                 return value
-            if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
-                return jax.lax.with_sharding_constraint(value, whole)
+            if value.dtype.itemsize == 1:
+                return _as_bytes(lambda codes: jax.lax.with_sharding_constraint(codes, whole), value)
             moved = _narrower(value.dtype, dtype) if spec.role in _ACTIVATION_ROLES else value.dtype
             return _gather(value, whole, cut, moved)
 
@@ -199,7 +198,7 @@ class Placement:
         the ids relative to its first expert, so those of other shards fall outside its range. ``stored`` are the
         (weight, scale) of the linears, then adapters (a, b) or None, and ``axes`` the logical axes of each of these
         arrays. The sum over expert and width shards is float32. What ``rules.fsdp`` has cut is gathered here, of a
-        stack the one layer, and again in the backward pass: no layer's experts are kept whole between the two.
+        stack the one layer, and again in the backward pass: ``run`` takes a ``gather`` then, as ``expert_mlp`` does.
         """
         rows = self.spec(("batch", None))
         cut = self.mesh_axes("fsdp")
@@ -215,32 +214,11 @@ class Placement:
         width_axes = self.mesh_axes("expert_width")
         local = stored[0][0].shape[-3] // self.size("experts")
 
-        def gathered(x, ids, weights, layer, stored):
-            def gather(array, spec, dtype):
-                if array.ndim == 4:
-                    array = jax.lax.dynamic_slice_in_dim(array, layer, 1)
-                dims = [dim for dim, entry in enumerate(spec) if set(cut) & set(_names(entry))]
-                return _gather_shard(array, cut, dims[0], dtype) if dims else array
-
-            found: list[Any] = []
-            for index, (arrays, specs) in enumerate(zip(stored, weight_specs, strict=True)):
-                # A float32 scale is no weight: it keeps its dtype.
-                packed = index < 3 and arrays[1] is not None
-                found.append(
-                    arrays
-                    and tuple(
-                        None if a is None else gather(a, spec, a.dtype if packed else _narrower(a.dtype, x.dtype))
-                        for a, spec in zip(arrays, specs, strict=True)
-                    )
-                )
-            return run(x, ids, weights, jnp.zeros_like(layer), *found)
-
-        keep = checkpoint_policies.save_only_these_names("expert_gate", "expert_up")
-        compute = jax.checkpoint(gathered, policy=keep) if cut else lambda *args: run(*args[:-1], *args[-1])
+        gather = {"gather": _ExpertShards(cut, weight_specs, x.dtype)} if cut else {}
 
         def shard(x, ids, weights, layer, stored):
             first = jax.lax.axis_index(expert_axes) * local if expert_axes else 0
-            out = compute(x, ids - first, weights, layer, stored)
+            out = run(x, ids - first, weights, layer, *stored, **gather)
             return jax.lax.psum(out, expert_axes + width_axes) if expert_axes or width_axes else out
 
         return jax.shard_map(
@@ -262,6 +240,11 @@ def _narrower(stored: jax.typing.DTypeLike, used: jax.typing.DTypeLike) -> jnp.d
     return min(jnp.dtype(stored), jnp.dtype(used), key=lambda dtype: dtype.itemsize)
 
 
+def _as_bytes(move: Callable[[jax.Array], jax.Array], packed: jax.Array) -> jax.Array:
+    """Packed weights and their scales, moved as bytes, which every backend can send."""
+    return jax.lax.bitcast_convert_type(move(jax.lax.bitcast_convert_type(packed, jnp.uint8)), packed.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(value: jax.Array, whole: NamedSharding, cut: NamedSharding, moved: jnp.dtype) -> jax.Array:
     """``value`` with layout ``whole``; it travels in dtype ``moved``. Its gradient arrives with layout ``cut``."""
@@ -280,24 +263,63 @@ def _gather_backward(whole, cut, moved, _, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _gather_shard(shard: jax.Array, names: tuple[str, ...], dim: int, moved: jnp.dtype) -> jax.Array:
-    """Inside ``shard_map``: the shards along mesh axes, joined, in dtype ``moved``; gradients are summed in theirs."""
+@dataclasses.dataclass(frozen=True)
+class _ExpertShards:
+    """Inside ``shard_map``: the experts of this device's group, joined along the mesh axes ``names``.
 
-    @jax.custom_vjp
-    def gather(shard):
-        return jax.lax.all_gather(shard.astype(moved), names, axis=dim, tiled=True)
+    ``specs`` are the layouts of (weight, scale) of w1, w2, w3, then of their adapters (a, b) or None. Plain weights and
+    adapters travel in ``dtype``, in which they are multiplied, packed ones with their scales as they are.
+    """
 
-    def backward(_, gradient):
-        gradient = gradient.astype(shard.dtype)
-        return (jax.lax.psum_scatter(gradient, names, scatter_dimension=dim, tiled=True),)
+    names: tuple[str, ...]
+    specs: tuple[Any, ...]
+    dtype: jnp.dtype
 
-    gather.defvjp(lambda shard: (gather(shard), None), backward)
-    if shard.dtype.itemsize > 1:
-        return gather(shard)
-    # Packed weights and their scales travel as bytes, which every backend can send.
-    codes = jax.lax.bitcast_convert_type(shard, jnp.uint8)
-    joined = jax.lax.all_gather(codes, names, axis=dim, tiled=True)
-    return jax.lax.bitcast_convert_type(joined, shard.dtype)
+    def gather(self, weights: Any, adapters: Any, layer: jax.Array | int | None) -> tuple[Any, Any]:
+        """(weights, adapters) whole, of a stack the one layer."""
+
+        def pair(arrays: Any, specs: Any, packed: bool) -> Any:
+            def join(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+                if array.ndim == 4:
+                    array, spec = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), spec[1:]
+                return self._join(array if packed else array.astype(_narrower(array.dtype, self.dtype)), spec)
+
+            return tuple(None if a is None else join(a, spec) for a, spec in zip(arrays, specs, strict=True))
+
+        joined = tuple(pair(w, spec, w[1] is not None) for w, spec in zip(weights, self.specs[:3], strict=True))
+        if adapters is None:
+            return joined, None
+        return joined, tuple(a and pair(a, spec, False) for a, spec in zip(adapters, self.specs[3:], strict=True))
+
+    def scatter(self, matrices: Any, adapters: Any) -> tuple[Any, Any]:
+        """Gradients of what is whole, summed over the devices that share it, as those of the shards."""
+
+        def sum_up(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+            dim = self._cut_dim(spec)
+            if dim is None:
+                return gradient
+            return jax.lax.psum_scatter(gradient, self.names, scatter_dimension=dim, tiled=True)
+
+        def pair(gradients: Any, specs: Any) -> Any:
+            return gradients and tuple(map(sum_up, gradients, specs))
+
+        return (
+            tuple(sum_up(d, spec[0]) for d, spec in zip(matrices, self.specs, strict=False)),
+            None if adapters is None else tuple(map(pair, adapters, self.specs[3:])),
+        )
+
+    def _cut_dim(self, spec: PartitionSpec) -> int | None:
+        return next((dim for dim, entry in enumerate(spec) if set(self.names) & set(_names(entry))), None)
+
+    def _join(self, shard: jax.Array, spec: PartitionSpec) -> jax.Array:
+        dim = self._cut_dim(spec)
+        if dim is None:
+            return shard
+
+        def gather(array: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(array, self.names, axis=dim, tiled=True)
+
+        return _as_bytes(gather, shard) if shard.dtype.itemsize == 1 else gather(shard)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

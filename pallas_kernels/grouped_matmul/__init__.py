@@ -5,7 +5,7 @@ import functools
 import jax
 
 from pallas_kernels.grouped_matmul import tpu, xla
-from pallas_kernels.grouped_matmul.gradient import with_gradient
+from pallas_kernels.grouped_matmul.gradient import Gather, with_gradient
 from pallas_kernels.grouped_matmul.xla import Adapter
 from pallas_kernels.implementation import choose
 
@@ -28,6 +28,7 @@ def expert_mlp(
     simulate_activations: bool = False,
     layer: jax.Array | int | None = None,
     adapters: tuple[Adapter | None, Adapter | None, Adapter | None] | None = None,
+    gather: Gather | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The weighted sum of every token's experts: sum_k W2 (r_k * silu(min(W1 x, limit)) * clip(W3 x, +-limit)).
@@ -42,9 +43,13 @@ def expert_mlp(
 
     With ``layer`` the weights are stacked, with a leading dim of which that index is used. ``adapters`` (a [E, r, in],
     b [E, out, r]) of w1, w2 and w3, of one layer, add b (a input) to their products; kernels do not serve them.
-    Gradients reach x, routing weights, adapters and plain weights (see ``gradient``).
+    Gradients reach x, routing weights, adapters and plain weights (see ``gradient``). With ``gather`` weights and
+    adapters are shards, and what is said here holds of what it makes of them.
     """
-    reason = functools.partial(tpu.unserved, x=x, w1=w1, w2=w2, adapted=adapters is not None)
+    whole = (w1, w2, w3)
+    if gather is not None:
+        whole, _ = jax.eval_shape(gather.gather, whole, adapters, layer)
+    reason = functools.partial(tpu.unserved, x=x, w1=whole[0], w2=whole[1], adapted=adapters is not None)
     unserved = {"tpu": reason, "tpu_interpret": reason}
     function = choose("expert_mlp", _IMPLEMENTATIONS, implementation, unserved)
     return function(
@@ -58,4 +63,5 @@ def expert_mlp(
         simulate_activations=simulate_activations,
         layer=layer,
         **({} if adapters is None else {"adapters": adapters}),
+        **({} if gather is None else {"gather": gather}),
     )

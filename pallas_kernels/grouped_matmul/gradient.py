@@ -3,11 +3,13 @@
 Packed weights are constants: gradients reach rows and routing weights through them, adapters, and plain weights. The
 rounding of ``simulate_activations`` counts as the identity. Weights are decoded again where they are needed, one expert
 at a time; the gradient of an expert's matrix is added in place. The projections before the activation are residuals if
-the forward pass saves them, else computed again. A remat policy that keeps ``expert_gate``, ``expert_up`` and
+the forward pass saves them, else computed again. Weights that are gathered are so twice, in the forward and in the
+backward pass, and not kept between the two. A remat policy that keeps ``expert_gate``, ``expert_up`` and
 ``expert_out`` runs no product of the forward pass twice; without the last, which the next operation may need, it does.
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +21,33 @@ from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels.grouped_matmul.xla import cut, expert_linears, linear, product, sum_of_choices
 
 
+class Gather(Protocol):
+    """How shards of weights and adapters become whole: w1, w2, w3 as ``expert_mlp`` takes them."""
+
+    def gather(self, weights: Any, adapters: Any, layer: Any) -> tuple[Any, Any]:
+        """(weights, adapters) of one layer, whole, in the dtype in which they are multiplied."""
+        ...
+
+    def scatter(self, matrices: Any, adapters: Any) -> tuple[Any, Any]:
+        """float32 gradients of whole matrices (w1, w2, w3) and adapters to those of the shards, summed."""
+        ...
+
+
 def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable:
     """``forward(x, expert_ids, expert_weights, w1, w2, w3, **static)``, made differentiable as the module says.
 
     ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for.
     """
 
-    def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, **static):
+    def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, gather=None, **static):
         plain = w1[1] is None
         matrices = (w1[0], w2[0], w3[0]) if plain else ()
         stored = () if plain else (w1, w2, w3)
 
         def arguments(x, routing, matrices, adapters, ids, stored, layer):
             weights = tuple((m, None) for m in matrices) if plain else stored
+            if gather is not None:
+                (weights, adapters), layer = gather.gather(weights, adapters, layer), None
             adapted = {} if adapters is None else {"adapters": adapters}
             return (x, ids, routing, *weights), {"layer": layer, **adapted, **static}
 
@@ -54,7 +70,16 @@ def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable
             inputs, saved = residuals
             positional, keywords = arguments(*inputs)
             dx, drouting, dmatrices, dadapters = _gradients(gradient, saved, *positional, **keywords)
-            return dx, drouting, dmatrices if plain else (), dadapters, None, None, None
+            _, _, matrices, adapters, _, _, layer = inputs
+            if gather is not None:
+                dmatrices, dadapters = gather.scatter(dmatrices, dadapters)
+            elif layer is not None:
+                dmatrices = tuple(_in_stack(d, m, layer) for d, m in zip(dmatrices, matrices, strict=True))
+            dmatrices, dadapters = (
+                jax.tree.map(lambda d, a: d.astype(a.dtype), found, stored)
+                for found, stored in ((dmatrices, matrices), (dadapters, adapters))
+            )
+            return dx, drouting, dmatrices, dadapters, None, None, None
 
         run.defvjp(run_forward, run_backward)
         return run(x, expert_weights, matrices, adapters, expert_ids, stored, layer)
@@ -127,14 +152,9 @@ def _gradients(
     drows, drouting, totals = lax.fori_loop(0, blocks.used, block, start)
     dx = sum_of_choices(drows, used, assignment, tokens, choices)
     drouting = jnp.zeros(tokens * choices).at[jnp.where(used, assignment, tokens * choices)].set(drouting, mode="drop")
-    dmatrices = tuple(_as(d, w, layer) for (d, _), (w, _) in zip(totals, weights, strict=True)) if plain else ()
+    dmatrices = tuple(d for d, _ in totals) if plain else ()
     dadapters = None if adapters is None else tuple(d for _, d in totals)
-    return (
-        dx.astype(dtype),
-        drouting.reshape(tokens, choices).astype(expert_weights.dtype),
-        dmatrices,
-        jax.tree.map(lambda d, a: d.astype(a.dtype), dadapters, adapters),
-    )
+    return dx.astype(dtype), drouting.reshape(tokens, choices).astype(expert_weights.dtype), dmatrices, dadapters
 
 
 def _linear_gradients(dout, rows, weights, plain):
@@ -151,9 +171,6 @@ def _linear_gradients(dout, rows, weights, plain):
     return drows + product("nr,rk->nk", dlow, a), (dmatrix, (product("nr,nk->rk", dlow, rows), db))
 
 
-def _as(gradient, weight, layer):
-    """An expert stack's gradient in the dtype and, of a stack of layers, the place of its weight."""
-    gradient = gradient.astype(weight.dtype)
-    if layer is None:
-        return gradient
-    return lax.dynamic_update_index_in_dim(jnp.zeros(weight.shape, weight.dtype), gradient, layer, 0)
+def _in_stack(gradient, weight, layer):
+    """A layer's gradient in its place in a stack of layers."""
+    return lax.dynamic_update_index_in_dim(jnp.zeros(weight.shape, gradient.dtype), gradient, layer, 0)

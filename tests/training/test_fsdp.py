@@ -85,13 +85,18 @@ def test_loss_and_gradients_are_those_of_one_device(case):
             assert b.sharding.is_equivalent_to(wanted[path].sharding, b.ndim), path
 
     # Gathers bring one layer's share of one tensor at a time: of w1, half of the experts; of packed ones, bytes.
-    gathered = [
-        math.prod(map(int, dims.split(",")))
+    shapes = [
+        tuple(map(int, dims.split(",")))
         for shape in re.findall(r"= (\S+) all-gather(?:-start)?\(", text)
         for dims in re.findall(r"\[([\d,]+)\]", shape)
     ]
+    gathered = [math.prod(shape) for shape in shapes]
     share = CONFIG.n_routed_experts // 2 * CONFIG.moe_intermediate_size * CONFIG.hidden_size
     assert max(gathered) == (share if model.adapters is None else share // 2)
+    if model.adapters is None:
+        # w1, w2 and w3, in the loop over layers and in the draft, forward and backward.
+        assert sum(size == share for size in gathered) <= 3 * 2 * 2
+        assert len(re.findall(r" reduce-scatter(?:-start)?\(", text)) >= 3 * 2
     # Nor is any array of the program as large as the experts of all layers, or kept for the backward pass.
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16|u8)\[([\d,]+)\]", text)]
     assert max(sizes) < 2 * CONFIG.n_routed_experts * CONFIG.moe_intermediate_size * CONFIG.hidden_size
