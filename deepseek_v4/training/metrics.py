@@ -101,7 +101,7 @@ class LossGuard:
 def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str = "") -> None:
     """Draws training and held-out loss over steps, one colour per run, to an image file.
 
-    ``runs`` maps a label to the lines of ``read_metrics``. The bold line is the mean of the last 20 steps.
+    ``runs`` maps a label to the lines of ``read_metrics``. The bold line is a running mean.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -130,6 +130,7 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     figure.savefig(path, dpi=120)
 
 
-def _smooth(values: Sequence[float], span: int = 20) -> list[float]:
-    """A running mean over the last ``span`` values."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A running mean over the last twentieth of a run, at most 20 values."""
+    span = min(20, max(1, len(values) // 20))
     return [statistics.fmean(values[max(0, i + 1 - span) : i + 1]) for i in range(len(values))]

@@ -16,7 +16,7 @@ ADAPTERS += ("--optimizer.name", "adamw", "--optimizer.weight-decay", "0", "--ob
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return workplace(tmp_path_factory.mktemp("trainer"))
+    return workplace(tmp_path_factory.mktemp("trainer"), "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(scope="module")
