@@ -62,7 +62,7 @@ def simulate_devices(count: int | None) -> None:
         return
     if count < 1:
         raise ValueError(f"simulated devices: expected at least 1, found {count}")
-    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_IN_ORDER)).strip()
+    os.environ.setdefault("XLA_FLAGS", " ".join(_IN_ORDER))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
