@@ -1,7 +1,7 @@
 """The first 400 steps of configs/train_default.py with AdamW for every parameter, all else equal: for the comparison.
 
-    python scripts/train.py --config configs/train_default_adamw.py
-    python scripts/plot_runs.py runs/default runs/default-adamw --output docs/training.png
+python scripts/train.py --config configs/train_default_adamw.py
+python scripts/plot_runs.py runs/default runs/default-adamw --output docs/training.png
 """
 
 import dataclasses
