@@ -22,6 +22,8 @@ from workload import mixed_workload
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.slow  # many processes: minutes on a quiet machine
+
 
 class Runs:
     """Starts the script on one workload; compiled programs are shared between the runs."""
