@@ -141,9 +141,9 @@ def _setting(name: str, value: Any, vocab_size: int) -> Any:
     if name == "stop_ids":
         return _token_ids(value, vocab_size, name) if value else ()
     if name == "stop":
-        if not all(isinstance(text, str) and text for text in value):
+        if not all(isinstance(text, str) and text for text in value):  # type: ignore[attr-defined]
             raise RequestError("stop: expected a list of strings that are not empty")
-        return tuple(value)
+        return tuple(value)  # type: ignore[arg-type]
     return value
 
 

@@ -89,7 +89,7 @@ def tempered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     scaled = scaled / jnp.where(warm, sampling.temperature, 1.0)[:, None]
     size = logits.shape[-1]
     some = warm & ((sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < size)) | (sampling.min_p > 0))
-    return lax.cond(jnp.any(some), lambda: _filtered(scaled, sampling, some), lambda: scaled)
+    return lax.cond(jnp.any(some), lambda: _filtered(scaled, sampling, some), lambda: scaled)  # type: ignore[arg-type]
 
 
 def _filtered(scaled: jax.Array, sampling: Sampling, some: jax.Array) -> jax.Array:
@@ -118,14 +118,16 @@ def pick(log_probability: jax.Array, gumbel: jax.Array) -> jax.Array:
 
 def noise(sampling: Sampling, step: jax.Array, purpose: int, size: int) -> jax.Array:
     """Gumbel noise [B, size] for one purpose at step [B] of each row's stream."""
-    return jax.vmap(lambda *row: jax.random.gumbel(_key(*row, purpose), (size,), jnp.float32))(
+    return jax.vmap(lambda seed, stream, at: jax.random.gumbel(_key(seed, stream, at, purpose), (size,), jnp.float32))(
         sampling.seed, sampling.stream, step
     )
 
 
 def uniform(sampling: Sampling, step: jax.Array, purpose: int) -> jax.Array:
     """A number [B] in [0, 1) for one purpose at step [B] of each row's stream."""
-    return jax.vmap(lambda *row: jax.random.uniform(_key(*row, purpose)))(sampling.seed, sampling.stream, step)
+    return jax.vmap(lambda seed, stream, at: jax.random.uniform(_key(seed, stream, at, purpose)))(
+        sampling.seed, sampling.stream, step
+    )
 
 
 def _key(seed: jax.Array, stream: jax.Array, step: jax.Array, purpose: int) -> jax.Array:
