@@ -55,7 +55,8 @@ def simulate_devices(count: int | None) -> None:
     """Makes ``count`` simulated CPU devices JAX's devices; call it before anything uses JAX (None: do nothing).
 
     Each runs its operations in order, as an accelerator does: XLA's CPU backend would start independent collectives in
-    an order of its own on each device, which ends in deadlocks and in sums of parts that do not belong together.
+    an order of its own on each device, which ends in deadlocks and in sums of parts that do not belong together. The
+    flags for that are not set where XLA_FLAGS is set already.
     Raises ``ValueError`` for a count below 1 and ``RuntimeError`` if JAX has started already.
     """
     if count is None:

@@ -134,16 +134,16 @@ def _prompt(data: Mapping[str, Any], given: str, vocab_size: int, tokenizer: Tok
 
 
 def _setting(name: str, value: Any, vocab_size: int) -> Any:
-    kinds = SETTINGS[name]
+    kinds: Any = SETTINGS[name]
     if not isinstance(value, kinds) or isinstance(value, bool):
         expected = {int: "an integer", float: "a number", list: "a list"}[kinds[-1]]
         raise RequestError(f"{name}: expected {expected}, found {_kind(value)}")
     if name == "stop_ids":
         return _token_ids(value, vocab_size, name) if value else ()
     if name == "stop":
-        if not all(isinstance(text, str) and text for text in value):  # type: ignore[attr-defined]
+        if not all(isinstance(text, str) and text for text in value):
             raise RequestError("stop: expected a list of strings that are not empty")
-        return tuple(value)  # type: ignore[arg-type]
+        return tuple(value)
     return value
 
 

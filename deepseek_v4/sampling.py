@@ -88,8 +88,9 @@ def tempered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = scaled / jnp.where(warm, sampling.temperature, 1.0)[:, None]
     size = logits.shape[-1]
-    some = warm & ((sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < size)) | (sampling.min_p > 0))
-    return lax.cond(jnp.any(some), lambda: _filtered(scaled, sampling, some), lambda: scaled)  # type: ignore[arg-type]
+    filters = (sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < size)) | (sampling.min_p > 0)
+    some = jnp.logical_and(warm, filters)
+    return lax.cond(jnp.any(some), lambda: _filtered(scaled, sampling, some), lambda: scaled)
 
 
 def _filtered(scaled: jax.Array, sampling: Sampling, some: jax.Array) -> jax.Array:
