@@ -214,7 +214,7 @@ def _transformers(args: InferenceBenchmark) -> dict[str, Any]:
                 begin = time.perf_counter()
                 for _ in range(args.new_tokens - 1):
                     token = out.logits[:, -1].argmax(-1, keepdim=True)
-                    out = model(token, cache=out.past_key_values, use_cache=True)
+                    out = model(token, past_key_values=out.past_key_values, use_cache=True)
                 rates.append(batch * (args.new_tokens - 1) / (time.perf_counter() - begin))
             figures[f"decode {batch}"] = max(rates)
     return figures
