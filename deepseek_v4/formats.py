@@ -44,6 +44,21 @@ def decode_e8m0(scale: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def as_bytes(array: jax.Array) -> jax.Array:
+    """FP8 codes and E8M0 scales as the bytes they are (uint8); anything else unchanged.
+
+    What only moves should move as bytes: XLA on CPUs slices arrays of these types by way of wider ones, element by
+    element. ``from_bytes`` is the inverse.
+    """
+    packed = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize == 1
+    return lax.bitcast_convert_type(array, jnp.uint8) if packed else array
+
+
+def from_bytes(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What ``as_bytes`` took, of type ``dtype``."""
+    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
+
+
 def encode_e8m0(scale: jax.Array) -> jax.Array:
     """Exact powers of two (float32) to float8_e8m0fnu; the inverse of ``decode_e8m0`` on normal numbers."""
     bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
@@ -84,8 +99,9 @@ def float_to_e2m1(value: jax.Array) -> jax.Array:
 
 def unpack_e2m1(packed: jax.Array) -> jax.Array:
     """Packed FP4 [..., K/2] uint8 to codes [..., K]: the low nibble of a byte is the even index."""
-    low, high = packed & 15, packed >> 4
-    return jnp.stack([low, high], axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+    # One fused pass with the decoding that follows; joining two halves would write the codes out first.
+    nibbles = packed[..., None] >> jnp.array([0, 4], packed.dtype)
+    return (nibbles & 15).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
 def pack_e2m1(codes: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from deepseek_v4.adapters import LoRA, adaptable, check_patterns
 from deepseek_v4.cache import layer_cache_shapes, map_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
+from deepseek_v4.formats import as_bytes, from_bytes
 from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
 from deepseek_v4.nn.variables import RELEASED, Packed, Storage
 from deepseek_v4.parameters import (
@@ -41,6 +42,7 @@ from deepseek_v4.parameters import (
 )
 from deepseek_v4.positions import Tokens, Training
 from deepseek_v4.sharding import check_placement
+from pallas_kernels.targets import current_chip
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -366,8 +368,10 @@ class Model:
             strict=True,
         )
 
+        types = jax.tree.map(lambda array: array.dtype, scanned)
+
         def run_member(index, params, streams, cache, layer, chosen):
-            layer_params = nest(flatten(params) | whole[index])
+            layer_params = nest(flatten(jax.tree.map(from_bytes, params, types[index])) | whole[index])
             block = nnx.merge(graphs[index], self._used(specs[index], layer_params))
             streams, cache, seen = block(streams, tokens, cache, layer, self.execution, chosen)
             return self.execution.constrain(streams, ("batch", None, None, None)), cache, seen
@@ -389,7 +393,9 @@ class Model:
                 observed.append(seen)
             return (streams, None if cache is None else tuple(members)), tuple(observed)
 
-        (streams, cache), observed = lax.scan(body, (streams, cache), (scanned, jnp.arange(group.repeats), chosen))
+        # Accelerators slice every type as it is, and would copy the stacks to see them as another.
+        sliced = jax.tree.map(as_bytes, scanned) if current_chip() is None else scanned
+        (streams, cache), observed = lax.scan(body, (streams, cache), (sliced, jnp.arange(group.repeats), chosen))
         return streams, cache, observed
 
     def _run_draft(self, params, embedded, streams, tokens: Tokens, cache, chosen=None):

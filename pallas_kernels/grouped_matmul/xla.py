@@ -1,16 +1,17 @@
 """The readable twin of ``expert_mlp``: assignments sorted by expert, in blocks that never mix experts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_v4.execution import dot_precision
-from deepseek_v4.formats import ACTIVATION_BLOCK, dequantize, simulate_fp8
+from deepseek_v4.formats import ACTIVATION_BLOCK, as_bytes, dequantize, from_bytes, simulate_fp8
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels.grouped_matmul.blocks import Blocks, sort_into_blocks
 
+_FEWEST_ROWS = 8
 _MOST_ROWS = 512
 
 Adapter = tuple[jax.Array, jax.Array]
@@ -19,18 +20,21 @@ Adapter = tuple[jax.Array, jax.Array]
 class ExpertLinear(NamedTuple):
     """One linear of all experts: weight and scale as stored, [L*E, ...], and its adapter (a [E, r, in], b [E, out, r]).
 
-    ``first`` is the row of the first expert of the layer in use.
+    ``first`` is the row of the first expert of the layer in use; ``types`` are those of weight and scale, which are
+    held as bytes (``formats.as_bytes``) where they are packed.
     """
 
     weight: jax.Array
     scale: jax.Array | None
     adapter: Adapter | None
     first: jax.Array | int
+    types: tuple[Any, Any]
 
     def of(self, expert, dtype) -> tuple[jax.Array, Adapter | None]:
         """The matrix [out, in] of one expert and its adapter, in ``dtype``."""
         at = self.first + expert
-        matrix = dequantize(self.weight[at], None if self.scale is None else self.scale[at], dtype)
+        scale = None if self.scale is None else from_bytes(self.scale[at], self.types[1])
+        matrix = dequantize(from_bytes(self.weight[at], self.types[0]), scale, dtype)
         if self.adapter is None:
             return matrix, None
         a, b = self.adapter
@@ -43,14 +47,14 @@ def expert_linears(weights, layer, adapters) -> tuple[list[ExpertLinear], int]:
     # A stack of layers is one long row of experts: slicing out a layer first would copy all of its weights.
     first = 0 if layer is None else layer * experts
     linears = [
-        ExpertLinear(_in_a_row(weight), _in_a_row(scale), adapter, first)
+        ExpertLinear(_in_a_row(weight), _in_a_row(scale), adapter, first, (weight.dtype, getattr(scale, "dtype", None)))
         for (weight, scale), adapter in zip(weights, adapters or (None, None, None), strict=True)
     ]
     return linears, experts
 
 
 def _in_a_row(stack):
-    return None if stack is None else stack.reshape(-1, *stack.shape[-2:])
+    return None if stack is None else as_bytes(stack.reshape(-1, *stack.shape[-2:]))
 
 
 def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, **options):
@@ -106,10 +110,12 @@ def expert_mlp_saving(
 def cut(expert_ids, expert_weights, experts: int) -> tuple[Blocks, int]:
     """The blocks that the assignments are cut into, and how many rows a block has.
 
-    About the mean group, a power of two, so that neither padding nor re-decoding dominates.
+    About the mean group, a power of two, so that neither padding nor re-decoding dominates: a matrix takes as long to
+    decode as to multiply with several rows.
     """
-    mean = max(1, expert_ids.size // experts)
-    rows = min(_MOST_ROWS, 1 << (mean - 1).bit_length())
+    tokens, mean = expert_ids.shape[0], max(1, expert_ids.size // experts)
+    fewest = min(tokens, _FEWEST_ROWS)  # more rows than tokens choose no expert
+    rows = min(_MOST_ROWS, 1 << (max(mean, fewest) - 1).bit_length())
     ids = jnp.where((expert_ids >= 0) & (expert_ids < experts), expert_ids, experts)
     return sort_into_blocks(ids, expert_weights, experts=experts, rows=rows), rows
 
