@@ -7,16 +7,19 @@ costs in front of 1K to 128K tokens of cache (filled with zeros: costs do not de
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from deepseek_v4.parameters import flatten
 
 _DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "default"
 
@@ -27,6 +30,8 @@ class InferenceBenchmark:
 
     checkpoint: Path = _DEFAULT
     """Hugging Face directory of a small model."""
+    platform: Literal["cpu", "gpu", "tpu"] = "cpu"
+    """What to run on; transformers only on cpu, or on gpu where torch finds one."""
     batches: tuple[int, ...] = (1, 8)
     """Sequences that decode together."""
     prompt: int = 128
@@ -80,7 +85,7 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
     ]
     rows += [("decode", f"batch {batch}", f"decode {batch}") for batch in args.batches]
     table = Table(
-        title=f"float32 on this CPU ({found['processors']} processors, load {found['load']:.1f} at the start)"
+        title=f"float32 on {ours['device']} ({found['processors']} processors, load {found['load']:.1f} at the start)"
     )
     for column in ("", "", "ours", "transformers", "ratio"):
         table.add_column(column, justify="right" if column else "left")
@@ -98,6 +103,15 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
         + (f"; {100 * ours['acceptance']:.0f} % of drafts accepted" if args.drafts else ""),
         highlight=False,
     )
+    for batch in args.batches:
+        if not args.drafts:
+            least = ours[f"bytes {batch}"] / ours["bandwidth"]
+            console.print(
+                f"decode, batch {batch}: a step must read {ours[f'bytes {batch}'] / 2**20:.2f} MiB, "
+                f"{1e6 * least:.0f} us at the {ours['bandwidth'] / 1e9:.1f} GB/s of a large copy measured here: "
+                f"{100 * least * ours[f'decode {batch}'] / batch:.1f} % of the memory's speed",
+                highlight=False,
+            )
     if args.contexts:
         sweep = Table(title="one sequence: a decoded token in front of a context")
         for column in ("context", "milliseconds", "cache MiB"):
@@ -136,11 +150,15 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
     from deepseek_v4.checkpoint import open_checkpoint
     from deepseek_v4.engine import Engine, Pool, Request
 
-    jax.config.update("jax_platforms", "cpu")
+    if args.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif jax.default_backend() != args.platform:
+        raise ValueError(f"--platform {args.platform}: JAX finds {jax.default_backend()} devices only")
     checkpoint = open_checkpoint(args.checkpoint)
     model = Model(checkpoint.config, checkpoint.storage, Execution("float32"))
     params = checkpoint.load(model)
-    figures: dict[str, Any] = {"chips": 1, "acceptance": 0.0}
+    figures: dict[str, Any] = {"chips": 1, "acceptance": 0.0, "device": jax.devices()[0].device_kind}
+    figures["bandwidth"] = _copy_bandwidth()
 
     def engine_for(batch: int, length: int, chunk: int) -> Engine:
         pool = Pool(batch, length + args.new_tokens)
@@ -170,11 +188,47 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
             rates.append((tokens - 1) / (time.perf_counter() - start))
             now = engine.statistics
         figures[f"decode {batch}"] = max(rates)
+        figures[f"bytes {batch}"] = decode_bytes(model, batch, args.prompt)
         figures["host_seconds"] = (now.host_seconds - before.host_seconds) / (now.steps - before.steps)
         figures["host_share"] = (now.host_seconds - before.host_seconds) / (now.seconds - before.seconds)
         figures["acceptance"] = now.acceptance
     figures["sweep"] = [_at_context(model, params, context) for context in args.contexts]
     return figures
+
+
+def decode_bytes(model, batch: int, context: int) -> int:
+    """Bytes that a decode step of ``batch`` sequences reads at the least, each once, from the model's own shapes.
+
+    Every dense parameter of the main model, of the embedding a row per sequence, of the routed experts as many as
+    ``batch`` tokens can choose at most, and the caches of ``context`` tokens.
+    """
+    import jax
+
+    c = model.config
+    chosen = min(1.0, batch * c.num_experts_per_tok / c.n_routed_experts)
+    specs = model.parameter_specs()
+    total = sum(
+        spec.size_bytes * (chosen if "experts" in spec.axes else 1) for spec in jax.tree.leaves(specs["groups"])
+    )
+    for path, spec in flatten(specs["shell"]).items():
+        total += spec.size_bytes * (batch / spec.shape[0] if path[0] == "embed" else 1)
+    cache = jax.eval_shape(lambda: model.init_cache(batch, context))
+    return int(total) + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+
+def _copy_bandwidth() -> float:
+    """Bytes per second read and written by an addition over an array far larger than any cache: what memory gives."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.zeros(1 << 26, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    seconds = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * x.nbytes / min(seconds)
 
 
 def _at_context(model, params, context: int) -> tuple[int, float, int]:
@@ -200,22 +254,32 @@ def _transformers(args: InferenceBenchmark) -> dict[str, Any]:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).float().eval()
+    where = "cpu" if args.platform == "cpu" else "cuda"
+    if where == "cuda" and (args.platform != "gpu" or not torch.cuda.is_available()):
+        raise RuntimeError(f"torch finds no {args.platform} here")
+    model = model.to(where)
+
+    def synchronised() -> float:
+        if where == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     vocab = model.config.vocab_size
     figures: dict[str, Any] = {}
     with torch.no_grad():
-        ids = torch.tensor(_prompts(vocab, 1, args.prefill))
-        best = min(_timed(lambda: model(ids, use_cache=True, logits_to_keep=1)) for _ in range(3))
+        ids = torch.tensor(_prompts(vocab, 1, args.prefill), device=where)
+        best = min(_timed(lambda: (model(ids, use_cache=True, logits_to_keep=1), synchronised())) for _ in range(3))
         figures |= {"prefill": args.prefill / best, "first": best}
         for batch in args.batches:
-            ids = torch.tensor(_prompts(vocab, batch, args.prompt))
+            ids = torch.tensor(_prompts(vocab, batch, args.prompt), device=where)
             rates = []
             for _ in range(2):
                 out = model(ids, use_cache=True, logits_to_keep=1)
-                begin = time.perf_counter()
+                begin = synchronised()
                 for _ in range(args.new_tokens - 1):
                     token = out.logits[:, -1].argmax(-1, keepdim=True)
                     out = model(token, past_key_values=out.past_key_values, use_cache=True)
-                rates.append(batch * (args.new_tokens - 1) / (time.perf_counter() - begin))
+                rates.append(batch * (args.new_tokens - 1) / (synchronised() - begin))
             figures[f"decode {batch}"] = max(rates)
     return figures
 
