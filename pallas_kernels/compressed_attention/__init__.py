@@ -3,7 +3,7 @@
 import jax
 
 from deepseek_v4.cache import KVRows
-from pallas_kernels.compressed_attention import tpu, xla
+from pallas_kernels.compressed_attention import gpu, tpu, xla
 from pallas_kernels.gradients import with_twin_gradient
 from pallas_kernels.implementation import choose
 
@@ -11,6 +11,8 @@ _IMPLEMENTATIONS = {
     "xla": xla.compressed_attention,
     "tpu": with_twin_gradient(tpu.compressed_attention, xla.compressed_attention),
     "tpu_interpret": with_twin_gradient(tpu.interpreted, xla.compressed_attention),
+    "gpu": with_twin_gradient(gpu.compressed_attention, xla.compressed_attention),
+    "gpu_interpret": with_twin_gradient(gpu.interpreted, xla.compressed_attention),
 }
 
 
@@ -55,9 +57,9 @@ def compressed_attention(
     entries; the kernels' are those of the twin, recomputed. Source: paper 2.3.
     """
     if isinstance(entries, KVRows) or isinstance(ring, KVRows):
-        unserved = dict.fromkeys(("tpu", "tpu_interpret"), lambda chip: "rows in the published layout")
+        unserved = dict.fromkeys(set(_IMPLEMENTATIONS) - {"xla"}, lambda chip: "rows in the published layout")
     else:
-        unserved = tpu.unserved_by(q, entries, indices, window_size)
+        unserved = tpu.unserved_by(q, entries, indices, window_size) | gpu.unserved_by(q, entries)
     packed = {}
     if window_counts is not None:
         packed = {"window_counts": window_counts, "first_entries": first_entries}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.compressed_attention import compressed_attention, tpu
+from pallas_kernels.compressed_attention import compressed_attention, gpu, tpu
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.registry import MIB, Case, Operation
 from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
@@ -92,8 +92,8 @@ def cases() -> tuple[Case, ...]:
 
 
 def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
-    if chip.platform != "tpu":
-        return "no GPU kernel"
+    if chip.platform == "cuda":
+        return gpu.unserved(arguments["q"], arguments.get("entries"))
     return tpu.unserved(arguments["q"], arguments.get("entries"), arguments.get("indices"), arguments["window_size"])
 
 
