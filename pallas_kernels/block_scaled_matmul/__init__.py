@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.block_scaled_matmul import tpu, xla
+from pallas_kernels.block_scaled_matmul import gpu, tpu, xla
 from pallas_kernels.implementation import choose
 
 
@@ -41,6 +41,8 @@ _IMPLEMENTATIONS = {
     "xla": _xla,
     "tpu": _with_gradient(tpu.block_scaled_matmul),
     "tpu_interpret": _with_gradient(functools.partial(tpu.block_scaled_matmul, interpret=True)),
+    "gpu": _with_gradient(gpu.block_scaled_matmul),
+    "gpu_interpret": _with_gradient(functools.partial(gpu.block_scaled_matmul, interpret=True)),
 }
 
 
@@ -63,7 +65,8 @@ def block_scaled_matmul(
     the call would be copies. Gradients reach x and plain weights; kernels serve packed weights only, and leave those
     constant.
     """
-    reason = functools.partial(tpu.unserved, x=x, weight=weight, scale=scale, groups=groups)
-    unserved = {"tpu": reason, "tpu_interpret": reason}
+    arguments = {"x": x, "weight": weight, "scale": scale, "groups": groups}
+    of_tpu, of_gpu = (functools.partial(kernel.unserved, **arguments) for kernel in (tpu, gpu))
+    unserved = {"tpu": of_tpu, "tpu_interpret": of_tpu, "gpu": of_gpu, "gpu_interpret": of_gpu}
     function = choose("block_scaled_matmul", _IMPLEMENTATIONS, implementation, unserved)
     return function(x, weight, scale, groups=groups, layer=layer)
