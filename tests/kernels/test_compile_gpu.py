@@ -1,0 +1,43 @@
+"""GPU kernels at V4 shapes through the real CUDA compilers, where the extra [gpu] is installed; no GPU is needed.
+
+Each target compiles in a process of its own: the plugin serves one kind of GPU per process. Without the extra,
+tests/kernels/test_gpu_*.py lower the same shapes as far as jax goes alone.
+"""
+
+import importlib.util
+
+import pytest
+
+from pallas_kernels import targets
+from pallas_kernels.registry import operations
+from tests.kernels.test_compile_tpu import _compile
+
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the CUDA plugin is not installed (extra [gpu])"
+)
+
+
+@needs_cuda
+@pytest.mark.parametrize("target", ["h200", "b200"])
+def test_representative_shapes_compile(target):
+    _compile("--targets", target, "--representative")
+
+
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize("target", ["h200", "b200"])
+def test_every_shape_compiles(target):
+    _compile("--targets", target)
+
+
+@pytest.mark.parametrize("target", ["h200", "b200"])
+def test_every_case_has_a_kernel_or_a_reason(target):
+    """Attention and FP8 linears are served at every shape; what is not says so in words."""
+    chip = targets.chip(target)
+    for name, operation in operations().items():
+        for case in operation.cases():
+            reason = operation.unserved(chip, case.arguments)
+            if name in ("compressed_attention", "block_scaled_matmul"):
+                assert reason is None, case.name
+            else:
+                assert reason is None or reason.strip(), case.name
