@@ -1,5 +1,6 @@
 """Bias-free linear layers, weights [out, in] as stored."""
 
+import functools
 import math
 
 import jax
@@ -52,9 +53,12 @@ class Linear(nnx.Module):
         # The reference runs the grouped output projection in BF16 although it is stored in FP8.
         if "activations" in execution.simulate and self.groups == 1:
             x = simulate_fp8(x, ACTIVATION_BLOCK)
-        out = block_scaled_matmul(
-            x, self.weight[...], scale, groups=self.groups, implementation=execution.implementation
-        )
+        if scale is not None and self._splits_in_blocks(execution):
+            out = self._by_shard(x, self.weight[...], scale, execution)
+        else:
+            out = block_scaled_matmul(
+                x, self.weight[...], scale, groups=self.groups, implementation=execution.implementation
+            )
         if self.lora_a is None or self.lora_b is None:
             return out
         low = plain_matmul(x, self.lora_a[...], x.dtype)
@@ -67,6 +71,51 @@ class Linear(nnx.Module):
                 "...gr,gnr->...gn", low, b, precision=dot_precision(x.dtype), preferred_element_type=jnp.float32
             )
         return (out + self.lora_scale * delta).astype(x.dtype)
+
+    def _splits_in_blocks(self, execution: Execution) -> bool:
+        """Whether devices hold whole blocks of a packed weight, each with its scale."""
+        placement = execution.placement
+        if placement is None:
+            return False
+        shards = [1 if axis is None else placement.size(axis) for axis in self.axes]
+        return all(n == 1 or size % (n * FP8_BLOCK) == 0 for size, n in zip(self.sizes, shards, strict=True))
+
+    def _by_shard(self, x: jax.Array, weight: jax.Array, scale: jax.Array, execution: Execution) -> jax.Array:
+        """The product with a packed weight on each device's own shards, where kernels can run.
+
+        Rows follow the batch; partial sums of inputs that are split are added up in the dtype of x. The gradient is
+        that of the whole product: a transposed ``shard_map`` would sum it over every axis that x is not split over.
+        """
+        placement = execution.placement
+        assert placement is not None
+        out_axis, in_axis = self.axes
+        sum_over = () if in_axis is None else placement.mesh_axes(in_axis)
+        grouped = self.groups > 1
+
+        def multiply(x, weight, scale):
+            groups = x.shape[-2] if grouped else 1
+            out = block_scaled_matmul(x, weight, scale, groups=groups, implementation=execution.implementation)
+            return jax.lax.psum(out, sum_over) if sum_over else out
+
+        leading = ("batch", *(None,) * (x.ndim - (3 if grouped else 2)))
+        x_axes = (*leading, out_axis, in_axis) if grouped else (*leading, in_axis)
+        out_axes = (*leading, out_axis, None) if grouped else (*leading, out_axis)
+
+        @jax.custom_vjp
+        def run(x, weight, scale):
+            return execution.per_shard(multiply, (x, weight, scale), (x_axes, self.axes, self.axes), out_axes)
+
+        def run_forward(x, weight, scale):
+            return run(x, weight, scale), (x, weight, scale)
+
+        def run_backward(saved, gradient):
+            x, weight, scale = saved
+            whole = functools.partial(block_scaled_matmul, groups=self.groups, implementation="xla")
+            _, pull = jax.vjp(lambda x: whole(x, weight, scale), x)
+            return *pull(gradient), None, None
+
+        run.defvjp(run_forward, run_backward)
+        return run(x, weight, scale)
 
     def add_adapter(self, rank: int, scale: float) -> None:
         """A low-rank addition, a [rank, in] and b [out, rank], shared by the groups in a and by rows in b."""
