@@ -1,5 +1,7 @@
 """A transformer block and its draft sibling (architecture sections 5 and 8)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,7 @@ from deepseek_v4.nn.moe import MoE
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
 from deepseek_v4.positions import Tokens
-from pallas_kernels.hyper_connection import head_mix, post_mix, pre_mix
+from pallas_kernels.hyper_connection import head_mix, post_mix, pre_mix, seam
 
 
 class Block(nnx.Module):
@@ -48,23 +50,25 @@ class Block(nnx.Module):
         """
         x, post, comb = self._pre("attn", streams, execution)
         y, cache, observed = self.attn(self.attn_norm(x), tokens, cache, layer, execution)
-        streams = post_mix(y, streams, post, comb, implementation=execution.implementation)
-        x, post, comb = self._pre("ffn", streams, execution)
+        streams, x, post, comb = seam(y, streams, post, comb, **self._mix("ffn", execution))
         y, routed = self.ffn(self.ffn_norm(x), tokens, layer, execution, chosen)
         streams = post_mix(y, streams, post, comb, implementation=execution.implementation)
         return streams, cache, observed | routed
 
-    def _pre(self, sublayer: str, streams: jax.Array, execution: Execution):
-        return pre_mix(
-            streams,
-            getattr(self, f"hc_{sublayer}_fn")[...],
-            getattr(self, f"hc_{sublayer}_scale")[...],
-            getattr(self, f"hc_{sublayer}_base")[...],
-            sinkhorn_iters=self.config.hc_sinkhorn_iters,
-            norm_eps=self.config.rms_norm_eps,
-            hc_eps=self.config.hc_eps,
-            implementation=execution.implementation,
-        )
+    def _pre(self, sublayer: str, streams: jax.Array, execution: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return pre_mix(streams, **self._mix(sublayer, execution))
+
+    def _mix(self, sublayer: str, execution: Execution) -> dict[str, Any]:
+        """The weights and constants that mix the streams into a sublayer."""
+        return {
+            "fn": getattr(self, f"hc_{sublayer}_fn")[...],
+            "scale": getattr(self, f"hc_{sublayer}_scale")[...],
+            "base": getattr(self, f"hc_{sublayer}_base")[...],
+            "sinkhorn_iters": self.config.hc_sinkhorn_iters,
+            "norm_eps": self.config.rms_norm_eps,
+            "hc_eps": self.config.hc_eps,
+            "implementation": execution.implementation,
+        }
 
 
 class OutputHead(nnx.Module):

@@ -1,12 +1,34 @@
 """Manifold-constrained hyper-connections: n residual streams in and out of a sublayer (architecture section 5)."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 
-from pallas_kernels.hyper_connection import xla
-from pallas_kernels.implementation import choose
+from pallas_kernels.gradients import with_twin_gradient
+from pallas_kernels.hyper_connection import tpu, xla
+from pallas_kernels.implementation import Unserved, choose
 
-_PRE = {"xla": xla.pre_mix}
-_POST = {"xla": xla.post_mix}
+
+def _implementations(twin: Callable, kernel: Callable) -> dict[str, Callable]:
+    """By name; kernels differentiate as the twin does."""
+    return {
+        "xla": twin,
+        "tpu": with_twin_gradient(kernel, twin),
+        "tpu_interpret": with_twin_gradient(functools.partial(kernel, interpret=True), twin),
+    }
+
+
+def _unserved(streams: jax.Array) -> dict[str, Unserved]:
+    return {
+        "tpu": lambda chip: tpu.unserved(chip, streams),
+        "tpu_interpret": lambda chip: tpu.unserved(None, streams, compiled=False),
+    }
+
+
+_PRE = _implementations(xla.pre_mix, tpu.pre_mix)
+_POST = _implementations(xla.post_mix, tpu.post_mix)
+_SEAM = _implementations(xla.seam, tpu.seam)
 _HEAD = {"xla": xla.head_mix}
 
 
@@ -27,8 +49,15 @@ def pre_mix(
     the dtype of streams, post [B, S, n] and comb [B, S, n, n] float32, comb doubly stochastic after
     ``sinkhorn_iters`` alternating normalisations (columns last). All coefficient arithmetic is float32.
     """
-    function = choose("hyper_connection", _PRE, implementation)
-    return function(streams, fn, scale, base, sinkhorn_iters=sinkhorn_iters, norm_eps=norm_eps, hc_eps=hc_eps)
+    return choose("pre_mix", _PRE, implementation, _unserved(streams))(
+        streams=streams,
+        fn=fn,
+        scale=scale,
+        base=base,
+        sinkhorn_iters=sinkhorn_iters,
+        norm_eps=norm_eps,
+        hc_eps=hc_eps,
+    )
 
 
 def post_mix(
@@ -39,7 +68,42 @@ def post_mix(
     Shapes: y [B, S, d], streams [B, S, n, d], post [B, S, n], comb [B, S, n, n] float32; returns [B, S, n, d] in the
     dtype of streams.
     """
-    return choose("hyper_connection", _POST, implementation)(y, streams, post, comb)
+    function = choose("post_mix", _POST, implementation, _unserved(streams))
+    return function(y=y, streams=streams, post=post, comb=comb)
+
+
+def seam(
+    y: jax.Array,
+    streams: jax.Array,
+    post: jax.Array,
+    comb: jax.Array,
+    fn: jax.Array,
+    scale: jax.Array,
+    base: jax.Array,
+    *,
+    sinkhorn_iters: int,
+    norm_eps: float,
+    hc_eps: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``post_mix`` of one sublayer and ``pre_mix`` of the next; a kernel reads and writes the streams once for both.
+
+    Shapes: y [B, S, d], streams [B, S, n, d], post [B, S, n], comb [B, S, n, n] float32 of the sublayer that ends;
+    fn, scale and base of the one that begins, as in ``pre_mix``. Returns the new streams, and x, post and comb of the
+    sublayer that begins.
+    """
+    return choose("seam", _SEAM, implementation, _unserved(streams))(
+        y=y,
+        streams=streams,
+        post=post,
+        comb=comb,
+        fn=fn,
+        scale=scale,
+        base=base,
+        sinkhorn_iters=sinkhorn_iters,
+        norm_eps=norm_eps,
+        hc_eps=hc_eps,
+    )
 
 
 def head_mix(

@@ -63,6 +63,12 @@ def _post_mix_backward(saved, gradient):
 post_mix.defvjp(_post_mix_forward, _post_mix_backward)
 
 
+def seam(*, y, streams, post, comb, fn, scale, base, **constants):
+    """See ``pallas_kernels.hyper_connection.seam``."""
+    streams = post_mix(y, streams, post, comb)
+    return streams, *pre_mix(streams, fn, scale, base, **constants)
+
+
 def head_mix(streams, fn, scale, base, *, norm_eps, hc_eps):
     """See ``pallas_kernels.hyper_connection.head_mix``."""
     return _collapse(streams, jax.nn.sigmoid(_mixes(streams, fn, norm_eps) * scale[0] + base) + hc_eps)
