@@ -28,7 +28,7 @@ def case(model, topology, mesh, workload, batch, context, limit, slow=True):
 
 
 CASES = [
-    case("flash", "v6e:4x4", "expert=8,tensor=2", "decode", 1, 65536, 0.75, slow=False),
+    case("flash", "v6e:4x4", "expert=8,tensor=2", "decode", 1, 65536, 0.25, slow=False),
     case("flash", "v6e:4x4", "expert=8,tensor=2", "prefill", 2, 65536, 1.75),
     case("flash", "v6e:2x4", "expert=2,tensor=4", "decode", 1, 1 << 20, 0.75),
     case("pro", "v7x:2x4x4", "data=4,expert=4,tensor=4", "decode", 8, 1 << 20, 4.0),
