@@ -7,10 +7,10 @@ tests/kernels/test_gpu_*.py lower the same shapes as far as jax goes alone.
 import importlib.util
 
 import pytest
+from test_compile_tpu import _compile
 
 from pallas_kernels import targets
 from pallas_kernels.registry import operations
-from tests.kernels.test_compile_tpu import _compile
 
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the CUDA plugin is not installed (extra [gpu])"

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import lowered_for_cuda
+from test_block_scaled_matmul import activations, check, weight
 
 from pallas_kernels.block_scaled_matmul import block_scaled_matmul, gpu
 from pallas_kernels.block_scaled_matmul.blocks import TABLE, Blocks
 from pallas_kernels.registry import operations
-from tests.kernels.test_block_scaled_matmul import activations, check, weight
 
 interpreted = functools.partial(block_scaled_matmul, implementation="gpu_interpret")
 
@@ -79,10 +80,8 @@ def test_released_shapes_lower_for_cuda(name):
     def call(x, weight, scale, layer):
         return gpu.block_scaled_matmul(x, weight, scale, layer=layer, groups=case.arguments["groups"], blocks=blocks)
 
-    # Triton's call promises no compatibility between versions of jax; nothing is kept here.
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     arguments = [case.arguments[key] for key in ("x", "weight", "scale", "layer")]
-    exported = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=unchecked)(*arguments)
+    exported = lowered_for_cuda(call, arguments)
     assert "triton" in exported.mlir_module()
 
 

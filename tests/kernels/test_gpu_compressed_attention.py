@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import lowered_for_cuda
+from test_compressed_attention import PROBLEMS, TOLERANCE, make, oracle
 
 from pallas_kernels.compressed_attention import compressed_attention, gpu
 from pallas_kernels.compressed_attention.blocks import TABLE, Blocks
 from pallas_kernels.registry import operations
-from tests.kernels.test_compressed_attention import PROBLEMS, TOLERANCE, make, oracle
 
 
 def _small(q, window, sink, start, **rest):
@@ -80,9 +81,7 @@ def test_released_shapes_lower_for_cuda(name):
         arguments = {"ring": None, "entries": None, "counts": None, "indices": None} | arguments
         return gpu.compressed_attention(**arguments, blocks=TABLE["h200"])
 
-    # Triton's call promises no compatibility between versions of jax; nothing is kept here.
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=unchecked)(*case.traced().values())
+    exported = lowered_for_cuda(call, list(case.traced().values()))
     assert "triton" in exported.mlir_module()
     assert exported.out_avals[0].shape == case.arguments["q"].shape
 

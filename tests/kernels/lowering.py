@@ -1,0 +1,16 @@
+"""Lowering a GPU kernel to Triton's language, as far as jax goes without NVIDIA's compiler."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+
+def lowered_for_cuda(call: Callable, arguments: Sequence[jax.ShapeDtypeStruct]) -> jax.export.Exported:
+    """``call`` of arrays like ``arguments``, exported for an H200 that need not be there."""
+    # jax 0.11 asks which GPU it is; 0.10.2 does not mind being told.
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    # Triton's call promises no compatibility between versions of jax; nothing is kept here.
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    with use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        return jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=unchecked)(*arguments)
