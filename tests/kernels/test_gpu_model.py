@@ -1,4 +1,4 @@
-"""A whole model on the GPU kernels, interpreted, gives the tokens that it gives without them."""
+"""A whole float32 model on the GPU kernel that takes float32 (attention), interpreted, prefers the same tokens."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from deepseek_v4 import Model
 LENGTH = 135
 
 
-def test_a_model_on_kernels_prefers_the_same_tokens():
+def test_a_model_on_the_attention_kernel_prefers_the_same_tokens():
     small = small_model(small_config((0, 4, 128), mtp=False), seed=7)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, small.model.config.vocab_size, (1, LENGTH)))
 
@@ -25,5 +25,5 @@ def test_a_model_on_kernels_prefers_the_same_tokens():
     expected, got = logits("xla"), logits("gpu_interpret|xla")
     # float32 throughout; the kernel adds the same terms in another order, and a layer multiplies what differs.
     np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
-    assert not np.array_equal(got, expected), "the kernels did not run"
+    assert not np.array_equal(got, expected), "the kernel did not run"
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
