@@ -1,9 +1,10 @@
-"""A whole float32 model on the GPU kernel that takes float32 (attention), interpreted, prefers the same tokens."""
+"""A whole float32 model on the kernels that take float32, interpreted, prefers the same tokens as on the twins."""
 
 import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_models import compiled, small_config, small_model
 
 from deepseek_v4 import Model
@@ -12,7 +13,8 @@ from deepseek_v4 import Model
 LENGTH = 135
 
 
-def test_a_model_on_the_attention_kernel_prefers_the_same_tokens():
+@pytest.mark.parametrize("kernels", ["tpu_interpret", "gpu_interpret"])
+def test_a_model_on_kernels_prefers_the_same_tokens(kernels):
     small = small_model(small_config((0, 4, 128), mtp=False), seed=7)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, small.model.config.vocab_size, (1, LENGTH)))
 
@@ -22,8 +24,8 @@ def test_a_model_on_the_attention_kernel_prefers_the_same_tokens():
         assert model.execution.implementation == implementation
         return np.asarray(compiled(lambda params: model.forward(params, tokens).logits)(small.params))
 
-    expected, got = logits("xla"), logits("gpu_interpret|xla")
-    # float32 throughout; the kernel adds the same terms in another order, and a layer multiplies what differs.
+    expected, got = logits("xla"), logits(f"{kernels}|xla")
+    # float32 throughout; kernels add the same terms in another order, and a layer multiplies what differs.
     np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
-    assert not np.array_equal(got, expected), "the kernel did not run"
+    assert not np.array_equal(got, expected), "no kernel ran"
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
