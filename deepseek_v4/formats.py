@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.targets import current_chip
+
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0..7; codes 8..15 are their negatives."""
 
@@ -45,17 +47,25 @@ def decode_e8m0(scale: jax.Array) -> jax.Array:
 
 
 def as_bytes(array: jax.Array) -> jax.Array:
-    """FP8 codes and E8M0 scales as the bytes they are (uint8); anything else unchanged.
+    """FP8 codes and E8M0 scales, any shape, as the bytes they are (uint8); anything else unchanged.
 
-    What only moves should move as bytes: XLA on CPUs slices arrays of these types by way of wider ones, element by
-    element. ``from_bytes`` is the inverse.
+    Bytes are what every backend can send and slice. ``from_bytes`` is the inverse.
     """
     packed = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize == 1
     return lax.bitcast_convert_type(array, jnp.uint8) if packed else array
 
 
+def sliceable(array: jax.Array) -> jax.Array:
+    """``as_bytes`` of a stack that layers or experts are sliced from, on CPUs; elsewhere the stack as it is.
+
+    XLA on CPUs slices arrays of one-byte floats by way of wider ones, element by element. Accelerators slice every
+    type as it is, and would copy the whole stack to see it as another. ``from_bytes`` of a slice undoes it.
+    """
+    return as_bytes(array) if current_chip() is None else array
+
+
 def from_bytes(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What ``as_bytes`` took, of type ``dtype``."""
+    """What ``as_bytes`` or ``sliceable`` took, of type ``dtype``, which it had."""
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 

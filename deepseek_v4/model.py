@@ -24,7 +24,7 @@ from deepseek_v4.adapters import LoRA, adaptable, check_patterns
 from deepseek_v4.cache import layer_cache_shapes, map_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
-from deepseek_v4.formats import as_bytes, from_bytes
+from deepseek_v4.formats import from_bytes, sliceable
 from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
 from deepseek_v4.nn.variables import RELEASED, Packed, Storage
 from deepseek_v4.parameters import (
@@ -42,7 +42,6 @@ from deepseek_v4.parameters import (
 )
 from deepseek_v4.positions import Tokens, Training
 from deepseek_v4.sharding import check_placement
-from pallas_kernels.targets import current_chip
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -393,8 +392,7 @@ class Model:
                 observed.append(seen)
             return (streams, None if cache is None else tuple(members)), tuple(observed)
 
-        # Accelerators slice every type as it is, and would copy the stacks to see them as another.
-        sliced = jax.tree.map(as_bytes, scanned) if current_chip() is None else scanned
+        sliced = jax.tree.map(sliceable, scanned)
         (streams, cache), observed = lax.scan(body, (streams, cache), (sliced, jnp.arange(group.repeats), chosen))
         return streams, cache, observed
 

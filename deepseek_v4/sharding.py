@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import Config
-from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK
+from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK, as_bytes, from_bytes
 from deepseek_v4.nn.variables import Storage
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Placement:
             if "experts" in spec.axes or whole == cut:
                 return value
             if value.dtype.itemsize == 1:
-                return _as_bytes(lambda codes: jax.lax.with_sharding_constraint(codes, whole), value)
+                return from_bytes(jax.lax.with_sharding_constraint(as_bytes(value), whole), value.dtype)
             moved = _narrower(value.dtype, dtype) if spec.role in _ACTIVATION_ROLES else value.dtype
             return _gather(value, whole, cut, moved)
 
@@ -240,11 +240,6 @@ def _narrower(stored: jax.typing.DTypeLike, used: jax.typing.DTypeLike) -> jnp.d
     return min(jnp.dtype(stored), jnp.dtype(used), key=lambda dtype: dtype.itemsize)
 
 
-def _as_bytes(move: Callable[[jax.Array], jax.Array], packed: jax.Array) -> jax.Array:
-    """Packed weights and their scales, moved as bytes, which every backend can send."""
-    return jax.lax.bitcast_convert_type(move(jax.lax.bitcast_convert_type(packed, jnp.uint8)), packed.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(value: jax.Array, whole: NamedSharding, cut: NamedSharding, moved: jnp.dtype) -> jax.Array:
     """``value`` with layout ``whole``; it travels in dtype ``moved``. Its gradient arrives with layout ``cut``."""
@@ -316,10 +311,7 @@ class _ExpertShards:
         if dim is None:
             return shard
 
-        def gather(array: jax.Array) -> jax.Array:
-            return jax.lax.all_gather(array, self.names, axis=dim, tiled=True)
-
-        return _as_bytes(gather, shard) if shard.dtype.itemsize == 1 else gather(shard)
+        return from_bytes(jax.lax.all_gather(as_bytes(shard), self.names, axis=dim, tiled=True), shard.dtype)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -107,7 +107,7 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
         if not args.drafts:
             least = ours[f"bytes {batch}"] / ours["bandwidth"]
             console.print(
-                f"decode, batch {batch}: a step must read {ours[f'bytes {batch}'] / 2**20:.2f} MiB, "
+                f"decode, batch {batch}: a step reads up to {ours[f'bytes {batch}'] / 2**20:.2f} MiB, "
                 f"{1e6 * least:.0f} us at the {ours['bandwidth'] / 1e9:.1f} GB/s of a large copy measured here: "
                 f"{100 * least * ours[f'decode {batch}'] / batch:.1f} % of the memory's speed",
                 highlight=False,
@@ -197,10 +197,10 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
 
 
 def decode_bytes(model, batch: int, context: int) -> int:
-    """Bytes that a decode step of ``batch`` sequences reads at the least, each once, from the model's own shapes.
+    """Bytes that a decode step of ``batch`` sequences reads where each is read once, from the model's own shapes.
 
     Every dense parameter of the main model, of the embedding a row per sequence, of the routed experts as many as
-    ``batch`` tokens can choose at most, and the caches of ``context`` tokens.
+    ``batch`` tokens can choose at most, and the whole caches of ``context`` tokens.
     """
     import jax
 

@@ -5,6 +5,7 @@ import functools
 import jax
 
 from pallas_kernels.block_scaled_matmul import gpu, tpu, xla
+from pallas_kernels.block_scaled_matmul.unserved import unserved
 from pallas_kernels.implementation import choose
 
 
@@ -65,8 +66,7 @@ def block_scaled_matmul(
     the call would be copies. Gradients reach x and plain weights; kernels serve packed weights only, and leave those
     constant.
     """
-    arguments = {"x": x, "weight": weight, "scale": scale, "groups": groups}
-    of_tpu, of_gpu = (functools.partial(kernel.unserved, **arguments) for kernel in (tpu, gpu))
-    unserved = {"tpu": of_tpu, "tpu_interpret": of_tpu, "gpu": of_gpu, "gpu_interpret": of_gpu}
-    function = choose("block_scaled_matmul", _IMPLEMENTATIONS, implementation, unserved)
+    reason = functools.partial(unserved, x=x, weight=weight, scale=scale, groups=groups)
+    reasons = dict.fromkeys(set(_IMPLEMENTATIONS) - {"xla"}, reason)
+    function = choose("block_scaled_matmul", _IMPLEMENTATIONS, implementation, reasons)
     return function(x, weight, scale, groups=groups, layer=layer)

@@ -8,7 +8,6 @@ same. Written on the Triton backend of Pallas, which jax 0.10.2 has and 0.11 cal
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +17,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.formats import FP8_BLOCK, decode_scale
 from pallas_kernels.block_scaled_matmul.blocks import Blocks, blocks_for
-from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.targets import current_chip
 
 _FEWEST_ROWS = 16
 """Rows of the smallest product that Triton gives to tensor cores."""
-
-
-def unserved(chip: Chip | None, x: Any, weight: Any, scale: Any, groups: int) -> str | None:
-    """Why the kernel cannot serve a call, or None: bfloat16 rows, E4M3 weights, dims in multiples of 128."""
-    if scale is None:
-        return "the weight is not quantised, which XLA's own product serves"
-    if x.dtype != jnp.bfloat16:
-        return f"rows are {x.dtype}; the kernel multiplies bfloat16"
-    if weight.dtype != jnp.float8_e4m3fn:
-        return f"the weight is {weight.dtype}, expected float8_e4m3fn"
-    outputs, inputs = weight.shape[-2:]
-    if inputs % FP8_BLOCK or outputs % (groups * FP8_BLOCK):
-        return f"the weight [{outputs}, {inputs}] in {groups} groups does not consist of whole blocks of {FP8_BLOCK}"
-    if x.size == 0:
-        return "there are no rows"
-    return None
 
 
 def block_scaled_matmul(x, weight, scale, *, groups, layer, blocks: Blocks | None = None, interpret=False):

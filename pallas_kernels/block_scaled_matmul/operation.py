@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_scaled_matmul import block_scaled_matmul, gpu, tpu
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul
 from pallas_kernels.block_scaled_matmul.cost import block_scaled_cost
+from pallas_kernels.block_scaled_matmul.unserved import unserved
 from pallas_kernels.registry import MIB, Case, Operation
 from pallas_kernels.shapes import DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape
 from pallas_kernels.targets import Chip
@@ -68,10 +69,8 @@ def cases() -> tuple[Case, ...]:
     )
 
 
-def unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
-    """Why no kernel serves these arguments on ``chip``, or None."""
-    kernel = gpu if chip.platform == "cuda" else tpu
-    return kernel.unserved(chip, arguments["x"], arguments["weight"], arguments["scale"], arguments["groups"])
+def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
+    return unserved(chip, arguments["x"], arguments["weight"], arguments["scale"], arguments["groups"])
 
 
-OPERATION = Operation(name="block_scaled_matmul", function=block_scaled_matmul, cases=cases, unserved=unserved)
+OPERATION = Operation(name="block_scaled_matmul", function=block_scaled_matmul, cases=cases, unserved=_unserved)

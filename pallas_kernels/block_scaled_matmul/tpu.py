@@ -60,20 +60,6 @@ class Plan:
         return -(-self.rows // self.row_tile)
 
 
-def unserved(chip: Chip | None, x: jax.Array, weight: jax.Array, scale: jax.Array | None, groups: int) -> str | None:
-    """Why the kernel cannot serve a call, or None: bfloat16 rows, E4M3 weights, dims in multiples of 128."""
-    if scale is None:
-        return "the weight is not quantised, which XLA's own product serves"
-    if x.dtype != jnp.bfloat16:
-        return f"rows are {x.dtype}; the kernel multiplies bfloat16"
-    outputs, inputs = weight.shape[-2:]
-    if inputs % FP8_BLOCK or outputs % (groups * FP8_BLOCK):
-        return f"the weight [{outputs}, {inputs}] in {groups} groups does not consist of whole blocks of {FP8_BLOCK}"
-    if x.size == 0:
-        return "there are no rows"
-    return None
-
-
 def block_scaled_matmul(x, weight, scale, *, groups, layer, interpret=False):
     """See ``pallas_kernels.block_scaled_matmul.block_scaled_matmul``."""
     chip = None if interpret else current_chip()

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.execution import dot_precision
 from pallas_kernels.compressed_attention.blocks import Blocks, blocks_for
+from pallas_kernels.compressed_attention.unserved import unserved_types
 from pallas_kernels.targets import Chip, current_chip
 
 _LEAST_PRODUCT = 16
@@ -33,13 +34,8 @@ _LEAST_PRODUCT = 16
 def unserved(q: Any, entries: Any, *, compiled: bool = True) -> str | None:
     """Why the kernel cannot serve arguments of these shapes and types, or None. ``compiled``: not interpreted."""
     heads, width = q.shape[2:]
-    expected = (jnp.uint32, jnp.bfloat16) if q.dtype == jnp.bfloat16 else (jnp.float32,)
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"queries are {q.dtype}, expected bfloat16 or float32"
-    if entries is not None and entries.dtype not in expected:
-        return f"{entries.dtype} entries with {q.dtype} queries"
-    if entries is not None and entries.shape[2] == 0:
-        return "a cache without rows"
+    if reason := unserved_types(q, entries):
+        return reason
     if width % 2:
         return f"head_dim {width} is odd"
     if compiled and q.dtype != jnp.bfloat16:

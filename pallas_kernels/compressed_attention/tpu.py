@@ -19,6 +19,7 @@ from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.compressed_attention.tpu_common import LANES, Plan, Tiles
 from pallas_kernels.compressed_attention.tpu_dense import dense_attention
 from pallas_kernels.compressed_attention.tpu_gather import gather_attention
+from pallas_kernels.compressed_attention.unserved import unserved_types
 from pallas_kernels.targets import Chip, current_chip
 
 _MAX_QUERIES = 1 << 16
@@ -28,14 +29,8 @@ _MAX_QUERIES = 1 << 16
 def unserved(q: Any, entries: Any, indices: Any, window_size: int, *, compiled: bool = True) -> str | None:
     """Why the kernel cannot serve arguments of these shapes and types, or None. ``compiled``: not interpreted."""
     batch, length, heads, width = q.shape
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"queries are {q.dtype}, expected bfloat16 or float32"
-    if entries is not None:
-        expected = (jnp.uint32, jnp.bfloat16) if q.dtype == jnp.bfloat16 else (jnp.float32,)
-        if entries.dtype not in expected:
-            return f"{entries.dtype} entries with {q.dtype} queries"
-        if entries.shape[2] == 0:
-            return "a cache without rows"
+    if reason := unserved_types(q, entries):
+        return reason
     if indices is not None and batch * length > _MAX_QUERIES:
         return f"{batch * length} queries in one call, at most {_MAX_QUERIES}"
     if window_size - 1 > Tiles.query_block and length > Tiles.decode_queries:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_v4.execution import dot_precision
-from deepseek_v4.formats import ACTIVATION_BLOCK, as_bytes, dequantize, from_bytes, simulate_fp8
+from deepseek_v4.formats import ACTIVATION_BLOCK, dequantize, from_bytes, simulate_fp8, sliceable
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels.grouped_matmul.blocks import Blocks, sort_into_blocks
 
@@ -21,7 +21,7 @@ class ExpertLinear(NamedTuple):
     """One linear of all experts: weight and scale as stored, [L*E, ...], and its adapter (a [E, r, in], b [E, out, r]).
 
     ``first`` is the row of the first expert of the layer in use; ``types`` are those of weight and scale, which are
-    held as bytes (``formats.as_bytes``) where they are packed.
+    held as ``formats.sliceable`` says.
     """
 
     weight: jax.Array
@@ -54,7 +54,7 @@ def expert_linears(weights, layer, adapters) -> tuple[list[ExpertLinear], int]:
 
 
 def _in_a_row(stack):
-    return None if stack is None else as_bytes(stack.reshape(-1, *stack.shape[-2:]))
+    return None if stack is None else sliceable(stack.reshape(-1, *stack.shape[-2:]))
 
 
 def expert_mlp(x, expert_ids, expert_weights, w1, w2, w3, **options):
