@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4.formats import pack_words, unpack_words
-from pallas_kernels.compressed_attention import compressed_attention, tpu
+from pallas_kernels.compressed_attention import compressed_attention, gpu, tpu
+from pallas_kernels.compressed_attention.blocks import Blocks
 from pallas_kernels.compressed_attention.tpu_common import Tiles
 from pallas_kernels.gradients import with_twin_gradient
 
@@ -36,11 +37,19 @@ def _named(implementation):
     return lambda *args, **rest: compressed_attention(*args, **rest, implementation=implementation)
 
 
+def _small_blocks(q, window, sink, start, **rest):
+    arguments = {"ring": None, "entries": None, "counts": None, "indices": None, "layer": 0} | rest
+    # Small enough that a few dozen entries take several turns of every loop.
+    return gpu.compressed_attention(q, window, sink, start, **arguments, blocks=Blocks(heads=4, keys=4), interpret=True)
+
+
 IMPLEMENTATIONS = {
     "xla": _named("xla"),
     "tpu_interpret": _named("tpu_interpret"),
     "tpu_interpret, small tiles": _small_tiles(1),
     "tpu_interpret, small tiles, two cores": _small_tiles(2),
+    "gpu_interpret": _named("gpu_interpret"),
+    "gpu_interpret, small blocks": _small_blocks,
 }
 
 
@@ -180,6 +189,9 @@ RUNS = {
     "tpu_interpret": ("window only, ring", "all visible, words", "selected, words", *CHUNKS[:1], "selected, chunk"),
     "tpu_interpret, small tiles": tuple(PROBLEMS),
     "tpu_interpret, small tiles, two cores": CHUNKS[1:],
+    # Interpreting is slow: what the sizes of blocks do not touch runs with the small ones alone.
+    "gpu_interpret": ("window only, ring", "all visible, words", "selected, words", "selected, all padding"),
+    "gpu_interpret, small blocks": tuple(PROBLEMS),
 }
 
 
@@ -193,7 +205,7 @@ def test_against_oracle(implementation, name):
 
 
 @pytest.mark.parametrize("problem", [PROBLEMS["all visible, few queries"], PROBLEMS["selected"]], ids=["all", "few"])
-@pytest.mark.parametrize("implementation", ["tpu_interpret, small tiles"])
+@pytest.mark.parametrize("implementation", ["tpu_interpret, small tiles", "gpu_interpret, small blocks"])
 def test_a_row_is_the_same_in_any_company(implementation, problem):
     """Alone, in another slot, with a larger cache and more padding: the same bits."""
     call = IMPLEMENTATIONS[implementation]
@@ -237,8 +249,9 @@ def test_gradients_are_those_of_the_definition():
     along = sum(float(np.sum(np.asarray(g, np.float64) * d)) for g, d in zip(twin, direction, strict=True))
     # A central difference of step 1e-5 is good to about 1e-9; the rest is the twin's float32.
     assert along == pytest.approx(slope, rel=1e-4)
-    for ours, theirs in zip(loss(IMPLEMENTATIONS["tpu_interpret"]), twin, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for kernel in ("tpu_interpret", "gpu_interpret"):
+        for ours, theirs in zip(loss(IMPLEMENTATIONS[kernel]), twin, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 class _Float64(np.ndarray):

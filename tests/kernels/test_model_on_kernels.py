@@ -25,7 +25,7 @@ def test_a_model_on_kernels_prefers_the_same_tokens(kernels):
         return np.asarray(compiled(lambda params: model.forward(params, tokens).logits)(small.params))
 
     expected, got = logits("xla"), logits(f"{kernels}|xla")
-    # float32 throughout; kernels add the same terms in another order, and a layer multiplies what differs.
-    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
+    # float32 throughout: kernels add the same terms in another order. Seen: 1e-6 of the largest; ten times that passes.
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     assert not np.array_equal(got, expected), "no kernel ran"
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -47,6 +48,18 @@ def test_low_nibble_is_the_even_index() -> None:
     np.testing.assert_array_equal(formats.unpack_e2m1(packed), [[1, 2, 3, 4], [0, 15, 15, 0]])
     every = jnp.asarray(BYTES)[None]
     np.testing.assert_array_equal(formats.pack_e2m1(formats.unpack_e2m1(every)), every)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e8m0fnu, jnp.uint8, jnp.bfloat16, jnp.int32])
+def test_bytes_come_back_as_what_they_were(dtype):
+    every = jnp.arange(256, dtype=jnp.uint8)
+    array = jax.lax.bitcast_convert_type(every, dtype) if jnp.dtype(dtype).itemsize == 1 else every.astype(dtype)
+    for there in (formats.as_bytes, formats.sliceable):
+        moved = there(array)
+        assert moved.dtype == (jnp.uint8 if array.dtype.itemsize == 1 else dtype)
+        back = formats.from_bytes(moved, dtype)
+        assert back.dtype == dtype
+        assert np.asarray(back).tobytes() == np.asarray(array).tobytes()
 
 
 def test_fp4_weights_have_one_scale_per_row_and_32_inputs() -> None:

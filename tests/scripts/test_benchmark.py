@@ -2,7 +2,12 @@
 
 import json
 
+import jax
 import pytest
+from small_models import small_config
+
+from deepseek_v4 import Model
+from deepseek_v4.benchmarks.inference import decode_bytes
 
 
 @pytest.mark.slow
@@ -18,6 +23,21 @@ def test_inference_is_measured_beside_transformers(script, hf_checkpoint, tmp_pa
     assert [row[0] for row in found["ours"]["sweep"]] == [128, 512]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "host work" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_bytes_of_a_decode_step_are_those_of_the_arrays(batch):
+    """From 32 sequences on every expert may be chosen: all that is read are the arrays themselves, but for rows."""
+    config = small_config(mtp=False)
+    model = Model(config)
+    params = jax.tree.map(lambda leaf: leaf.size * leaf.dtype.itemsize, model.abstract_params())
+    experts = sum(sum(jax.tree.leaves(m["ffn"]["experts"])) for members in params["groups"] for m in members)
+    embedding = params["shell"]["embed"]["weight"]
+    cache = sum(array.nbytes for array in jax.tree.leaves(model.init_cache(batch, 128)))
+    idle = 1 - min(1, batch * config.num_experts_per_tok / config.n_routed_experts)
+    rows = batch * embedding // config.vocab_size
+    expected = sum(jax.tree.leaves(params)) - idle * experts - embedding + rows + cache
+    assert decode_bytes(model, batch, 128) == pytest.approx(expected, abs=1)
 
 
 def test_bad_sizes_are_explained(script, capsys):
