@@ -21,6 +21,7 @@ kernel does not serve them, or None. A ``Case`` is a shape that the project must
         temporaries_limit=16 * MIB,                 # HBM temporaries allowed, or None
         representative=True,                        # compiled in CI; the others by hand and in slow tests
         split={"q": 0, "entries": 1},               # rows may be dealt to several chips along these axes
+        values=lambda rng: {"counts": ...},         # what integer arguments hold when the case is measured (else 0)
     )
 
 A cache of 256 rows of a million tokens is larger than some chips' memory. Where a case's arguments do not fit one
@@ -29,6 +30,7 @@ arguments that have a rows axis, and which; results are split along axis 0. With
 
 Arguments that are ``jax.ShapeDtypeStruct`` (or pytrees of them) are traced, everything else is static. Operations with
 several public functions (pre- and post-mix, gate-up and down) declare ``OPERATIONS = (Operation(...), ...)`` instead.
+A kernel whose block sizes are free says in ``tuning``, by platform, what a tuner may try (``pallas_kernels.tuned``).
 """
 
 import dataclasses
@@ -36,11 +38,12 @@ import importlib
 import importlib.util
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 
 import pallas_kernels
 from pallas_kernels.targets import Chip
@@ -95,6 +98,7 @@ class Case:
     temporaries_limit: int | None = None
     representative: bool = False
     split: Mapping[str, int] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    values: Callable[[np.random.Generator], Mapping[str, np.ndarray]] = lambda rng: {}
 
     def traced(self) -> dict[str, Any]:
         """The arguments that are arrays."""
@@ -119,6 +123,20 @@ def _served(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The free block sizes of one kernel: dataclasses that ``candidates`` lists, the first of them the default.
+
+    ``shape_class`` names the class of shapes, by a case's arguments, that share a choice; ``run`` gives the kernel with
+    the blocks it is given, a function of a case's arguments. All candidates compute the same to rounding; some may be
+    refused by a chip's compiler for their size.
+    """
+
+    shape_class: Callable[[Mapping[str, Any]], str]
+    candidates: Callable[[Chip, Mapping[str, Any]], Sequence[Any]]
+    run: Callable[[Any], Callable]
+
+
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """An operation's declaration (module docstring)."""
 
@@ -126,6 +144,7 @@ class Operation:
     function: Callable
     cases: Callable[[], tuple[Case, ...]]
     unserved: Callable[[Chip, Mapping[str, Any]], str | None] = _served
+    tuning: Mapping[str, Tuning] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
 
 def operations() -> dict[str, Operation]:

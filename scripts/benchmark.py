@@ -3,6 +3,8 @@
 python scripts/benchmark.py inference
 python scripts/benchmark.py inference --contexts 1024 4096 16384 65536 131072 --plot docs/context.png
 python scripts/benchmark.py train
+python scripts/benchmark.py kernels --representative
+python scripts/benchmark.py kernels --ops block_scaled_matmul --tune
 """
 
 import sys
@@ -12,10 +14,11 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from deepseek_v4.benchmarks import inference, train
+from deepseek_v4.benchmarks import inference, kernels, train
 
 _COMMANDS: dict[str, tuple[type, Callable[[Any, Console], int]]] = {
     "inference": (inference.InferenceBenchmark, inference.run),
+    "kernels": (kernels.KernelBenchmark, kernels.run),
     "train": (train.TrainBenchmark, train.run),
 }
 

@@ -147,6 +147,7 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
     import jax
 
     from deepseek_v4 import Execution, Model
+    from deepseek_v4.benchmarks.timing import copy_bandwidth
     from deepseek_v4.checkpoint import open_checkpoint
     from deepseek_v4.engine import Engine, Pool, Request
 
@@ -158,7 +159,7 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
     model = Model(checkpoint.config, checkpoint.storage, Execution("float32"))
     params = checkpoint.load(model)
     figures: dict[str, Any] = {"chips": 1, "acceptance": 0.0, "device": jax.devices()[0].device_kind}
-    figures["bandwidth"] = _copy_bandwidth()
+    figures["bandwidth"] = copy_bandwidth()
 
     def engine_for(batch: int, length: int, chunk: int) -> Engine:
         pool = Pool(batch, length + args.new_tokens)
@@ -214,21 +215,6 @@ def decode_bytes(model, batch: int, context: int) -> int:
         total += spec.size_bytes * (batch / spec.shape[0] if path[0] == "embed" else 1)
     cache = jax.eval_shape(lambda: model.init_cache(batch, context))
     return int(total) + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
-
-
-def _copy_bandwidth() -> float:
-    """Bytes per second read and written by an addition over an array far larger than any cache: what memory gives."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.zeros(1 << 26, jnp.float32)
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    seconds = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        x = jax.block_until_ready(add(x))
-        seconds.append(time.perf_counter() - begin)
-    return 2 * x.nbytes / min(seconds)
 
 
 def _at_context(model, params, context: int) -> tuple[int, float, int]:

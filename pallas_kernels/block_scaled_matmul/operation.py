@@ -1,15 +1,17 @@
 """The declaration of ``block_scaled_matmul``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_scaled_matmul import block_scaled_matmul
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul, gpu, tpu
+from pallas_kernels.block_scaled_matmul.blocks import candidates, phase_of
 from pallas_kernels.block_scaled_matmul.cost import block_scaled_cost
 from pallas_kernels.block_scaled_matmul.unserved import unserved
-from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape
 from pallas_kernels.targets import Chip
 
@@ -73,4 +75,17 @@ def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     return unserved(chip, arguments["x"], arguments["weight"], arguments["scale"], arguments["groups"])
 
 
-OPERATION = Operation(name="block_scaled_matmul", function=block_scaled_matmul, cases=cases, unserved=_unserved)
+_TUNING = {
+    "tpu": Tuning(
+        shape_class=lambda arguments: "all",
+        candidates=lambda chip, arguments: tpu.CANDIDATES,
+        run=lambda tiles: functools.partial(tpu.block_scaled_matmul, tiles=tiles),
+    ),
+    "cuda": Tuning(
+        shape_class=lambda arguments: phase_of(arguments["x"].shape[0]),
+        candidates=lambda chip, arguments: candidates(chip, arguments["x"].shape[0]),
+        run=lambda blocks: functools.partial(gpu.block_scaled_matmul, blocks=blocks),
+    ),
+}
+
+OPERATION = Operation("block_scaled_matmul", block_scaled_matmul, cases, _unserved, _TUNING)

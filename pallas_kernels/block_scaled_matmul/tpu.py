@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_v4.formats import FP8_BLOCK, decode_scale
 from pallas_kernels import tpu_decode
 from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.tuned import tuned
 
 _MIB = 1 << 20
 
@@ -40,6 +41,18 @@ class Tiles:
 
 DEFAULT_TILES = Tiles()
 
+CANDIDATES = (
+    DEFAULT_TILES,
+    *(
+        Tiles(rows, weight_elements=elements << 20, product=product)
+        for rows in (512, 1024, 2048)
+        for elements in (1, 2, 4)
+        for product in (128, 256, 512)
+        if (rows, elements, product) != (1024, 4, 256)
+    ),
+)
+"""What a tuner may try: an output is one product over all inputs with each of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -60,22 +73,22 @@ class Plan:
         return -(-self.rows // self.row_tile)
 
 
-def block_scaled_matmul(x, weight, scale, *, groups, layer, interpret=False):
-    """See ``pallas_kernels.block_scaled_matmul.block_scaled_matmul``."""
+def block_scaled_matmul(x, weight, scale, *, groups, layer, tiles: Tiles | None = None, interpret=False):
+    """See ``pallas_kernels.block_scaled_matmul.block_scaled_matmul``; ``tiles`` default to the chip's."""
     chip = None if interpret else current_chip()
     if layer is None:
         weight, scale = weight[None], scale[None]
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     outputs, inputs = weight.shape[1:]
     leading = x.shape[: -1 if groups == 1 else -2]
-    plan = _plan(math.prod(leading), inputs, outputs, groups, chip)
+    tiles = tiles or tuned("block_scaled_matmul", chip, "all", DEFAULT_TILES)
+    plan = _plan(math.prod(leading), inputs, outputs, groups, chip, tiles)
     scale = decode_scale(lax.dynamic_index_in_dim(scale, layer, keepdims=False))
     out = _call(plan, x.reshape(plan.rows, groups * inputs), weight, scale, layer, interpret)
     return out.reshape(*leading, outputs) if groups == 1 else out.reshape(*leading, groups, outputs // groups)
 
 
-def _plan(rows: int, inputs: int, outputs: int, groups: int, chip: Chip | None) -> Plan:
-    tiles = DEFAULT_TILES
+def _plan(rows: int, inputs: int, outputs: int, groups: int, chip: Chip | None, tiles: Tiles) -> Plan:
     row_tile = min(tiles.rows, -(-rows // 16) * 16)
     while row_tile > tiles.product and row_tile * inputs > tiles.row_elements:
         row_tile = max(tiles.product, row_tile // 2 // 16 * 16)

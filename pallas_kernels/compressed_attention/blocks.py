@@ -1,10 +1,11 @@
-"""Block sizes of the GPU kernel of ``compressed_attention``, by chip: the table that a tuner rewrites."""
+"""Block sizes of the GPU kernel of ``compressed_attention``, by chip, where nothing has been tuned."""
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from pallas_kernels.targets import Chip
+from pallas_kernels.tuned import tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,29 @@ class Blocks:
 TABLE: Mapping[str, Blocks] = MappingProxyType({"h200": Blocks(), "b200": Blocks(heads=32)})
 
 
-def blocks_for(chip: Chip | None) -> Blocks:
-    """The blocks for ``chip``; None (an interpreter) and chips without a row take the defaults."""
+def blocks_for(chip: Chip | None, heads: int) -> Blocks:
+    """The blocks for ``heads`` heads on ``chip``; None (an interpreter) and chips without a row take the defaults."""
+    return tuned("compressed_attention", chip, shape_class(heads), default_blocks(chip))
+
+
+def default_blocks(chip: Chip | None) -> Blocks:
+    """What runs on ``chip`` where nothing was tuned."""
     return Blocks() if chip is None else TABLE.get(chip.name, Blocks())
+
+
+def shape_class(heads: int) -> str:
+    """The class of shapes that share blocks, on TPUs too: what a model has, whatever the batch and the call."""
+    return f"{heads} heads"
+
+
+def candidates(chip: Chip | None) -> tuple[Blocks, ...]:
+    """What a tuner may try, the default first."""
+    default = default_blocks(chip)
+    tried = [
+        Blocks(heads, keys, warps, stages)
+        for heads in (16, 32, 64)
+        for keys in (16, 32, 64)
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+    ]
+    return (default, *(blocks for blocks in tried if blocks != default))

@@ -76,7 +76,7 @@ def compressed_attention(
     ``blocks`` are block sizes (default: the table's for the chip), ``interpret`` what ``pallas_call`` takes.
     """
     batch, length, heads, width = q.shape
-    blocks = blocks or blocks_for(None if interpret else current_chip())
+    blocks = blocks or blocks_for(None if interpret else current_chip(), heads)
     head_block = _power_divisor(heads, blocks.heads)
     rows: dict[str, jax.Array] = {"window": window.astype(q.dtype)}
     scalars = {"layer": jnp.asarray(layer, jnp.int32).reshape(1), "start": start.astype(jnp.int32)}

@@ -1,14 +1,16 @@
 """The declaration of ``compressed_attention``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.compressed_attention import compressed_attention, gpu, tpu
+from pallas_kernels.compressed_attention import blocks, compressed_attention, gpu, tpu, tpu_common
 from pallas_kernels.compressed_attention.cost import attention_cost
-from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
 from pallas_kernels.targets import Chip
 
@@ -74,7 +76,24 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
         temporaries_limit=16 * MIB,
         representative=name in _CI,
         split=split,
+        values=functools.partial(_values, batch, queries, context, ratio, selected if kind == "csa" else 0),
     )
+
+
+def _values(batch: int, queries: int, context: int, ratio: int, selected: int, rng: np.random.Generator) -> dict:
+    """The last ``queries`` of ``context`` tokens in every row; they see what came before and select from all of it."""
+    start = context - queries
+    found = {"start": np.full(batch, start, np.int32), "layer": np.int32(_LAYERS - 1)}
+    if ratio:
+        counts = (start + 1 + np.arange(queries, dtype=np.int32)) // ratio
+        found["counts"] = np.broadcast_to(counts, (batch, queries))
+    if selected:
+        # One of each of ``selected`` equal parts of what is visible, in any order.
+        edges = np.maximum(counts[:, None] * np.arange(selected + 1) // selected, 0)
+        sizes = np.diff(edges)
+        chosen = edges[:, :-1] + (rng.random((batch, queries, selected)) * sizes).astype(np.int64)
+        found["indices"] = rng.permuted(np.where(sizes > 0, chosen, -1), axis=-1).astype(np.int32)
+    return found
 
 
 def cases() -> tuple[Case, ...]:
@@ -97,4 +116,27 @@ def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     return tpu.unserved(arguments["q"], arguments.get("entries"), arguments.get("indices"), arguments["window_size"])
 
 
-OPERATION = Operation("compressed_attention", compressed_attention, cases, _unserved)
+def _run(kernel: Callable, **chosen: Any) -> Callable:
+    """The kernel with block sizes of one's own, called as the public function is."""
+    absent = dict.fromkeys(("ring", "entries", "counts", "indices"))
+    return lambda **arguments: kernel(**{**absent, **arguments}, **chosen)
+
+
+def _class(arguments: Mapping[str, Any]) -> str:
+    return blocks.shape_class(arguments["q"].shape[2])
+
+
+_TUNING = {
+    "tpu": Tuning(
+        shape_class=_class,
+        candidates=lambda chip, arguments: tpu_common.CANDIDATES,
+        run=lambda tiles: _run(tpu.compressed_attention, tiles=tiles),
+    ),
+    "cuda": Tuning(
+        shape_class=_class,
+        candidates=lambda chip, arguments: blocks.candidates(chip),
+        run=lambda chosen: _run(gpu.compressed_attention, blocks=chosen),
+    ),
+}
+
+OPERATION = Operation("compressed_attention", compressed_attention, cases, _unserved, _TUNING)

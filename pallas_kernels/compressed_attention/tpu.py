@@ -15,12 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4.cache import ring_read
 from deepseek_v4.formats import pack_words
+from pallas_kernels.compressed_attention.blocks import shape_class
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.compressed_attention.tpu_common import LANES, Plan, Tiles
 from pallas_kernels.compressed_attention.tpu_dense import dense_attention
 from pallas_kernels.compressed_attention.tpu_gather import gather_attention
 from pallas_kernels.compressed_attention.unserved import unserved_types
 from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.tuned import tuned
 
 _MAX_QUERIES = 1 << 16
 """Queries of one call whose counts fit in scalar memory beside everything else (4 bytes each of 1 MiB)."""
@@ -65,7 +67,8 @@ def compressed_attention(
     of the chip), ``interpret`` what ``pallas_call`` takes.
     """
     batch, length, heads, width = q.shape
-    tiles = tiles or Tiles()
+    chip = None if interpret else current_chip()
+    tiles = tiles or tuned("compressed_attention", chip, shape_class(heads), Tiles())
     if entries is not None and entries.dtype == jnp.bfloat16:
         entries = pack_words(entries)
     window = window.astype(q.dtype)
@@ -104,7 +107,6 @@ def compressed_attention(
     )
     steps = batch * length if gather else batch * plan.query_blocks * plan.head_blocks
     if cores is None:
-        chip = None if interpret else current_chip()
         cores = 1 if chip is None else chip.cores
     plan = dataclasses.replace(plan, cores=1 if steps % cores else cores)
     cost = attention_cost(

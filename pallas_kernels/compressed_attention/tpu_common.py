@@ -38,6 +38,19 @@ class Tiles:
     group: int = 16
 
 
+CANDIDATES = (
+    Tiles(),
+    *(
+        Tiles(product_rows=rows, entries=entries, chunk=chunk, group=group, heads=heads)
+        for rows, heads in ((128, 16), (256, 16), (256, 8), (512, 32))
+        for entries in (256, 512, 1024)
+        for chunk, group in ((32, 8), (64, 16), (128, 32))
+        if (rows, heads, entries, chunk) != (256, 16, 512, 64)
+    ),
+)
+"""What a tuner may try; too large ones are refused by the compiler."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything static about one call: sizes, the source of the window rows, block sizes.

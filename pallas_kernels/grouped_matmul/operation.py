@@ -1,14 +1,16 @@
 """The declaration of ``expert_mlp``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.grouped_matmul import expert_mlp, tpu
 from pallas_kernels.grouped_matmul.cost import expert_mlp_cost
-from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape
 from pallas_kernels.targets import Chip
 
@@ -20,8 +22,13 @@ _CI = {
 }
 
 
-def _expert_mlp(*, x, expert_ids, expert_weights, w1, w1_scale, w2, w2_scale, w3, w3_scale, **options) -> jax.Array:
-    return expert_mlp(x, expert_ids, expert_weights, (w1, w1_scale), (w2, w2_scale), (w3, w3_scale), **options)
+def _with_pairs(function: Callable) -> Callable:
+    """``function`` with each weight and its scale as two arguments."""
+
+    def call(*, x, expert_ids, expert_weights, w1, w1_scale, w2, w2_scale, w3, w3_scale, **options) -> jax.Array:
+        return function(x, expert_ids, expert_weights, (w1, w1_scale), (w2, w2_scale), (w3, w3_scale), **options)
+
+    return call
 
 
 def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) -> Case:
@@ -61,7 +68,15 @@ def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) 
         # Two cores each keep a partial sum of the output; for long calls rows become words, and that is all.
         temporaries_limit=16 * MIB if decode else tokens * d * 10 + 16 * MIB,
         representative=name in _CI,
+        values=functools.partial(_values, tokens, model.active_experts, experts),
     )
+
+
+def _values(tokens: int, choices: int, experts: int, rng: np.random.Generator) -> dict:
+    """Every expert as often as every other, none twice by a token unless there are too few: all of them are read."""
+    order = rng.permutation(experts)
+    ids = order[np.arange(tokens * choices) % experts].reshape(tokens, choices)
+    return {"expert_ids": ids.astype(np.int32)}
 
 
 def cases() -> tuple[Case, ...]:
@@ -84,4 +99,12 @@ def unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     return tpu.unserved(chip, arguments["x"], *pairs)
 
 
-OPERATION = Operation(name="expert_mlp", function=_expert_mlp, cases=cases, unserved=unserved)
+_TUNING = {
+    "tpu": Tuning(
+        shape_class=lambda arguments: tpu.shape_class(arguments["w1"], arguments["w1_scale"]),
+        candidates=lambda chip, arguments: tpu.CANDIDATES,
+        run=lambda tiles: functools.partial(_with_pairs(tpu.expert_mlp), simulate_activations=False, tiles=tiles),
+    )
+}
+
+OPERATION = Operation("expert_mlp", _with_pairs(expert_mlp), cases, unserved, _TUNING)

@@ -23,6 +23,7 @@ from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 from pallas_kernels.grouped_matmul.cost import kernel_bytes
 from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.tuned import tuned
 
 LANES = 128
 
@@ -52,6 +53,27 @@ class Tiles:
 
 
 DEFAULT_TILES = Tiles()
+
+CANDIDATES = (
+    DEFAULT_TILES,
+    *(
+        Tiles(width=width, rows=rows, down=down)
+        for width in (128, 256, 512)
+        for rows in (128, 256, 512)
+        for down in (512, 1024)
+        if (width, rows, down) != (256, 256, 1024)
+    ),
+)
+"""What a tuner may try. The width decides in which parts the hidden activations are added up."""
+
+
+def shape_class(weight: jax.Array, scale: jax.Array | None) -> str:
+    """The class of shapes that share tiles, whatever the number of tokens: format and size of an expert."""
+    return f"{_kind(weight, scale)} {weight.shape[-2]} wide"
+
+
+def _kind(weight: jax.Array, scale: jax.Array | None) -> str:
+    return "bf16" if scale is None else "fp4" if weight.dtype == jnp.uint8 else "fp8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +116,7 @@ def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple, *, adapted: 
     if scale is None and weight.dtype != jnp.bfloat16:
         return f"unquantised weights are {weight.dtype}; the kernel multiplies bfloat16"
     hidden, width = w2[0].shape[-2], weight.shape[-2]
-    tile = DEFAULT_TILES.width * (1 if chip is None else chip.cores)
+    tile = tuned("expert_mlp", chip, shape_class(*w1), DEFAULT_TILES).width * (1 if chip is None else chip.cores)
     if hidden % 512 or width % tile:
         return f"hidden size {hidden} and expert width {width} must be multiples of 512 and {tile}"
     if x.shape[0] == 0:
@@ -103,16 +125,30 @@ def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple, *, adapted: 
 
 
 def expert_mlp(
-    x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_activations, layer, interpret=False, cores=None
+    x,
+    expert_ids,
+    expert_weights,
+    w1,
+    w2,
+    w3,
+    *,
+    limit,
+    simulate_activations,
+    layer,
+    tiles: Tiles | None = None,
+    interpret=False,
+    cores=None,
 ):
-    """See ``pallas_kernels.grouped_matmul.expert_mlp``; ``cores`` split the width (default: those of the chip)."""
+    """See ``pallas_kernels.grouped_matmul.expert_mlp``; ``tiles`` and the ``cores`` that split the width default to
+    the chip's.
+    """
     if layer is None:
         w1, w2, w3 = (tuple(None if a is None else a[None] for a in w) for w in (w1, w2, w3))
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    tiles = DEFAULT_TILES
     chip = None if interpret else current_chip()
     tokens, choices = expert_ids.shape
     weight, scale = w1
+    tiles = tiles or tuned("expert_mlp", chip, shape_class(weight, scale), DEFAULT_TILES)
     most = max(1, tiles.assignments // choices)
     if tokens > most:
         parts = [
@@ -126,6 +162,7 @@ def expert_mlp(
                 limit=limit,
                 simulate_activations=simulate_activations,
                 layer=layer,
+                tiles=tiles,
                 interpret=interpret,
                 cores=cores,
             )
@@ -138,7 +175,7 @@ def expert_mlp(
     product = next((p for p in products if p >= share), products[-1])
     hidden = w2[0].shape[2]
     plan = Plan(
-        kind="bf16" if scale is None else "fp4" if weight.dtype == jnp.uint8 else "fp8",
+        kind=_kind(weight, scale),
         tokens=tokens,
         choices=choices,
         experts=weight.shape[1],
