@@ -125,8 +125,9 @@ def layer_cache_shapes(
     ``window`` holds KV rows; ``entries`` and ``index_entries`` one row per compressed window; ``kv``, ``score`` (and
     ``index_kv``, ``index_score``) the float32 projections of the tokens that windows still to be completed pool.
     ``layout`` is how ``entries`` are stored; whoever writes and reads them knows it from their dtype. "words" hold the
-    same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of ``window`` and ``entries``
-    are then rounded up to whole tiles, without which XLA would keep them in an order that kernels cannot read in place.
+    same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of ``window``, ``entries`` and
+    ``index_entries`` are then rounded up to whole tiles, without which XLA would keep them in an order that kernels
+    cannot read in place.
     "published" gives ``KVRows`` and ``KeyRows`` of such pairs.
     Raises ``ValueError`` for an unknown layout, or for words of another dtype than bfloat16.
     """
@@ -169,7 +170,7 @@ def layer_cache_shapes(
         shapes["kv"] = shapes["score"] = ((history, width), jnp.dtype(jnp.float32))
         if spec.indexer:
             width = spec.lanes * config.index_head_dim
-            shapes["index_entries"] = key_rows(entries)
+            shapes["index_entries"] = key_rows(_round_up(entries, tile))
             shapes["index_kv"] = shapes["index_score"] = ((history, width), jnp.dtype(jnp.float32))
     return shapes
 

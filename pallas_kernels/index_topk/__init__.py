@@ -1,11 +1,13 @@
 """The lightning indexer: scores of compressed entries and the exact top-k of them (architecture section 4)."""
 
+from collections.abc import Callable
+
 import jax
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.index_topk import xla
+from pallas_kernels.index_topk import tpu, xla
 
-_IMPLEMENTATIONS = {"xla": xla.index_topk}
+_IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla.index_topk, "tpu": tpu.index_topk, "tpu_interpret": tpu.interpreted}
 
 
 def index_topk(
@@ -28,11 +30,14 @@ def index_topk(
     selected entries, in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores
     are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over``
     names the mesh axes that split the heads, whose partial scores are added before anything is compared (inside
-    ``shard_map``).
+    ``shard_map``). No kernel serves ``first_entries``, ``sum_over`` or ``KeyRows``. There is no gradient.
     Source: paper eq. 13-17.
     """
-    function = choose("index_topk", _IMPLEMENTATIONS, implementation)
-    return function(q, weights, keys, counts, first_entries=first_entries, layer=layer, k=k, sum_over=sum_over)
+    unserved = tpu.unserved_by(q, keys, k, first_entries, sum_over)
+    function = choose("index_topk", _IMPLEMENTATIONS, implementation, unserved)
+    only_twin = {"first_entries": first_entries, "sum_over": sum_over}
+    only_twin = only_twin if function is xla.index_topk else {}
+    return function(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **only_twin)
 
 
 def index_scores(

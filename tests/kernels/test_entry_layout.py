@@ -23,12 +23,13 @@ def test_words_take_the_bytes_of_rows_and_whole_tiles(rollback):
         plain = layer_cache_shapes(CONFIG, spec, 1024, rollback, "bfloat16")
         words = layer_cache_shapes(CONFIG, spec, 1024, rollback, "bfloat16", "words")
         assert set(words) == set(plain)
-        for name in ("window", "entries"):
+        tiled = {"window", "entries", "index_entries"} & set(plain)
+        for name in tiled:
             (rows, _), dtype = words[name]
             assert rows % 16 == 0
             assert plain[name][0][0] <= rows < plain[name][0][0] + 16
-            assert _bytes((rows, words[name][0][1]), dtype) == rows * CONFIG.head_dim * 2
-        for name in set(plain) - {"window", "entries"}:
+            assert _bytes((rows, words[name][0][1]), dtype) == rows * plain[name][0][1] * 2
+        for name in set(plain) - tiled:
             assert words[name] == plain[name], name
 
 

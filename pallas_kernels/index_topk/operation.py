@@ -1,0 +1,64 @@
+"""The declaration of ``index_topk``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.index_topk import index_topk
+from pallas_kernels.index_topk.cost import topk_cost
+from pallas_kernels.index_topk.unserved import unserved
+from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
+from pallas_kernels.targets import Chip
+
+_LAYERS = 2
+"""Layers stacked in the cache of a case: more than one, so that reading a layer as a slice would show as a copy."""
+
+_CI = {"flash/decode/64x1M", "pro/decode/1x8K", "pro/prefill/2048x1M"}
+
+
+def _case(model: ModelShape, phase: str, rows: int, context: int) -> Case:
+    decode = phase == "decode"
+    batch, length = (rows, 1) if decode else (1, rows)
+    heads, width, entries = model.index_heads, model.index_dim, context // model.csa_ratio
+    name = f"{model.name}/{phase}/{rows}x{context_name(context)}"
+    sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "entries": entries, "k": model.topk}
+    slots = batch * length * model.topk
+    return Case(
+        name=name,
+        arguments={
+            "q": jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16),
+            "weights": jax.ShapeDtypeStruct((batch, length, heads), jnp.float32),
+            "keys": jax.ShapeDtypeStruct((_LAYERS, batch, entries, width), jnp.bfloat16),
+            "counts": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+            "layer": jax.ShapeDtypeStruct((), jnp.int32),
+            "k": model.topk,
+        },
+        cost=topk_cost(**sizes, causal_ratio=model.csa_ratio, context=context),
+        protected=("keys",),
+        # The selected entries and their scores, before and after they are put in order.
+        temporaries_limit=16 * MIB if decode else 4 * 4 * slots + MIB,
+        representative=name in _CI,
+        split={"q": 0, "weights": 0, "keys": 1, "counts": 0} if decode else {},
+    )
+
+
+def cases() -> tuple[Case, ...]:
+    """Decode of 1, 64 and 256 rows and prefill of 2,048 queries at every context, of both models."""
+    found = []
+    for model in MODELS:
+        for context in CONTEXTS:
+            found += [_case(model, "decode", rows, context) for rows in DECODE_ROWS]
+            found.append(_case(model, "prefill", PREFILL_QUERIES, context))
+    return tuple(found)
+
+
+def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
+    if chip.platform == "cuda":
+        return "there is no kernel for GPUs yet"
+    return unserved(arguments["q"], arguments["keys"], arguments["k"], None, ())
+
+
+OPERATION = Operation("index_topk", index_topk, cases, _unserved)

@@ -1,0 +1,320 @@
+"""TPU kernel of ``index_topk``: scores of a block of queries in fast memory, and the selection made there.
+
+One step of the grid is a block of queries of one row. Keys stay in HBM and stream through a ring of chunks, as many as
+the block's last visible entry asks for; the first chunks of the next step are requested before this step's selection
+begins. Scores never leave fast memory: they lie there as integers in the same order, a chunk of 1,024 keys in one tile
+per query, and ``tpu_select`` finds the k largest among them. XLA orders the k that come out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from deepseek_v4.cache import layer_of
+from deepseek_v4.execution import dot_precision
+from pallas_kernels.index_topk.cost import topk_cost
+from pallas_kernels.index_topk.tpu_select import CHUNK, LANES, LOWEST, SUBLANES, Selection, empty_chunks, place, search
+from pallas_kernels.index_topk.unserved import unserved
+from pallas_kernels.targets import Chip, current_chip
+
+_ROW_TILE = 16
+_MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block sizes, the numbers that a tuner sweeps; none of them changes a result.
+
+    ``queries`` that share a pass over the keys; ``keys`` of one matrix product; ``slots``, chunks of keys in flight.
+    """
+
+    queries: int = 16
+    keys: int = 256
+    slots: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one call: sizes, block sizes; ``heads`` filled up to whole tiles."""
+
+    batch: int
+    length: int
+    heads: int
+    width: int
+    dtype: Any
+    entries: int
+    queries: int
+    keys: int
+    slots: int
+    selection: Selection
+    cores: int = 1
+    interpreted: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of queries per batch row."""
+        return -(-self.length // self.queries)
+
+    @property
+    def remainder(self) -> int:
+        """Keys of the last chunk, if it is not a whole one."""
+        return self.entries % CHUNK
+
+
+def index_topk(
+    *,
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    counts: jax.Array,
+    layer: jax.Array | int,
+    k: int,
+    tiles: Tiles | None = None,
+    cores: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """See ``pallas_kernels.index_topk.index_topk``. ``cores``: TensorCores to deal the steps to, where they divide."""
+    q, weights, keys = lax.stop_gradient((q, weights, keys))
+    tiles = tiles or Tiles()
+    batch, length, heads, width = q.shape
+    k = min(k, keys.shape[2])
+    if keys.dtype != q.dtype or keys.shape[2] % _ROW_TILE:
+        # A cache is kept in whole tiles; keys that were made for this call alone are filled up.
+        keys, layer = layer_of(keys, layer)[None].astype(q.dtype), 0
+        keys = jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % _ROW_TILE), (0, 0)))
+    entries = keys.shape[2]
+    filled = -heads % _ROW_TILE
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, filled), (0, 0)))
+    weights = jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, 0), (0, filled)))
+    queries = min(tiles.queries, length)
+    plan = Plan(
+        batch=batch,
+        length=length,
+        heads=heads + filled,
+        width=width,
+        dtype=q.dtype,
+        entries=entries,
+        queries=queries,
+        keys=tiles.keys,
+        slots=tiles.slots,
+        selection=Selection.of(queries=queries, entries=entries, k=k, interpreted=bool(interpret)),
+        interpreted=bool(interpret),
+    )
+    steps = batch * plan.blocks
+    if cores is None:
+        chip = None if interpret else current_chip()
+        cores = 1 if chip is None else chip.cores
+    plan = dataclasses.replace(plan, cores=1 if steps % cores else cores)
+    indices, scores = _call(plan, q, weights, keys, counts, layer, k, interpret)
+    # Descending scores, ties to the lowest index; what was not selected comes last.
+    _, indices = lax.sort((~scores, indices), dimension=-1, num_keys=2, is_stable=False)
+    return indices[..., :k]
+
+
+def interpreted(**arguments: Any) -> jax.Array:
+    """The kernel in Pallas' TPU interpreter, whose memory starts as NaN and whose transfers happen when awaited."""
+    return index_topk(**arguments, interpret=pltpu.InterpretParams())
+
+
+def unserved_by(q, keys, k, first_entries, sum_over) -> dict[str, Callable[[Chip | None], str | None]]:
+    """The rule in the form that ``choose`` takes."""
+    return {
+        "tpu": lambda chip: unserved(q, keys, k, first_entries, sum_over),
+        "tpu_interpret": lambda chip: unserved(q, keys, k, first_entries, sum_over, compiled=False),
+    }
+
+
+def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.Array, jax.Array]:
+    """Indices and ordered scores [B, S, slots], in no particular order; -1 and LOWEST where there is none."""
+    blocks, queries, s = p.blocks, p.queries, p.selection
+    padding = blocks * queries - p.length
+    counts = jnp.pad(jnp.clip(counts.astype(jnp.int32), 0, p.entries), ((0, 0), (0, padding)))
+    counts = counts.reshape(p.batch * blocks, 1, queries)
+    limits = jnp.max(counts, axis=(1, 2))
+    steps = p.batch * blocks // p.cores
+
+    def item(core, step):
+        flat = core * steps + step
+        return flat // blocks, flat % blocks
+
+    def rows(*tail):
+        return lambda core, step, layer, limits: (*item(core, step), *tail)
+
+    def flat(*tail):
+        return lambda core, step, layer, limits: (core * steps + step, *tail)
+
+    cost = topk_cost(batch=p.batch, length=p.length, heads=p.heads, width=p.width, entries=p.entries, k=k)
+    shape = jax.ShapeDtypeStruct((p.batch * blocks, queries, s.rows_out, LANES), jnp.int32)
+    out_spec = pl.BlockSpec((1, queries, s.rows_out, LANES), flat(0, 0, 0))
+    indices, scores = pl.pallas_call(
+        functools.partial(_kernel, p, steps, item),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(p.cores, steps),
+            in_specs=[
+                pl.BlockSpec((1, 1, queries), flat(0, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((1, queries, p.heads, p.width), rows(0, 0)),
+                pl.BlockSpec((1, queries, p.heads), rows(0)),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+            ],
+            out_specs=[out_spec, out_spec],
+            scratch_shapes=[
+                pltpu.VMEM((p.slots, CHUNK, p.width), p.dtype),
+                pltpu.SemaphoreType.DMA((p.slots,)),
+                pltpu.VMEM((queries * p.heads, LANES), jnp.float32),
+                pltpu.VMEM((queries, SUBLANES, SUBLANES, LANES), jnp.float32),
+                *s.scratch_shapes(),
+            ],
+        ),
+        out_shape=[shape, shape],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if p.cores > 1 else "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_fast_memory(p),
+        ),
+        cost_estimate=pl.CostEstimate(flops=cost.total_operations, bytes_accessed=cost.bytes_moved, transcendentals=0),
+        interpret=interpret,
+        name="index_topk",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), limits, counts, q, weights, keys)
+
+    def public(a):
+        return a.reshape(p.batch, blocks * queries, -1)[:, : p.length]
+
+    return public(indices), public(scores)
+
+
+def _fast_memory(p: Plan) -> int:
+    """Bytes of scratch, of double-buffered blocks and of a product's values, with room for what the compiler adds."""
+    item = jnp.dtype(p.dtype).itemsize
+    rows = p.queries * p.heads
+    scratch = (
+        p.slots * CHUNK * p.width * item + 4 * rows * LANES + 4 * p.queries * 8 * CHUNK + p.selection.scratch_bytes
+    )
+    blocks = 2 * (rows * p.width * item + 8 * p.queries * CHUNK)
+    return scratch + blocks + 4 * 4 * rows * p.keys + 8 * _MIB
+
+
+def _kernel(p: Plan, steps: int, item, layer_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
+    stored, semaphores, spread, parts, scores, *selecting = scratch
+    core, step = pl.program_id(0), pl.program_id(1)
+
+    def chunks_of(step):
+        return pl.cdiv(limit_ref[core * steps + step], CHUNK)
+
+    def transfer(step, chunk, act):
+        """Starts or awaits the transfer of one chunk of a step's keys."""
+        row, slot = item(core, step)[0], lax.rem(chunk, p.slots)
+
+        def copy(count):
+            return pltpu.make_async_copy(
+                keys.at[layer_ref[0], row, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), count)],
+                stored.at[slot, pl.ds(0, count)],
+                semaphores.at[slot],
+            )
+
+        if p.remainder == 0:
+            act(copy(CHUNK))
+            return
+        whole = (chunk + 1) * CHUNK <= p.entries
+
+        @pl.when(whole)
+        def _():
+            act(copy(CHUNK))
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            act(copy(p.remainder))
+
+    def begin(step):
+        first = jnp.minimum(chunks_of(step), p.slots)
+        lax.fori_loop(0, first, lambda chunk, _: transfer(step, chunk, lambda copy: copy.start()), None)
+
+    @pl.when(step == 0)
+    def _():
+        begin(step)
+
+    _spread_weights(p, weights, spread)
+    chunks = chunks_of(step)
+
+    def visit(chunk, _):
+        transfer(step, chunk, lambda copy: copy.wait())
+        _score_chunk(p, q, spread, stored.at[lax.rem(chunk, p.slots)], parts)
+        _order_chunk(p, chunk, counts, parts, scores)
+
+        @pl.when(chunk + p.slots < chunks)
+        def _():
+            transfer(step, chunk + p.slots, lambda copy: copy.start())
+
+    lax.fori_loop(0, chunks, visit, None)
+
+    @pl.when(step + 1 < steps)
+    def _():
+        begin(step + 1)
+
+    empty_chunks(p.selection, scores, chunks)
+    search(p.selection, scores, chunks, *selecting)
+
+    def finish(query, _):
+        place(p.selection, scores, query, pl.cdiv(counts[0, 0, query], CHUNK), indices, ordered, *selecting)
+
+    lax.fori_loop(0, p.queries, finish, None)
+
+
+def _spread_weights(p: Plan, weights, spread) -> None:
+    """weights [1, Q, H] to [Q * H, 128]: a head's weight on all lanes of its row."""
+    shape = (p.heads, p.heads)
+    diagonal = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
+    for query in range(p.queries):
+        row = jnp.where(diagonal, weights[0, query : query + 1, :], 0.0)
+        column = jnp.sum(row, axis=1, keepdims=True)
+        spread[query * p.heads : (query + 1) * p.heads, :] = jnp.broadcast_to(column, (p.heads, LANES))
+
+
+def _score_chunk(p: Plan, q, spread, stored, parts) -> None:
+    """Sums of the weighted products of every eighth head: parts [Q, tile, 8, 128] of a chunk's keys [1024, d]."""
+    tiles = p.keys // LANES
+
+    def product(index, _):
+        rows, some = (
+            q[0].reshape(p.queries * p.heads, p.width),
+            stored[pl.ds(pl.multiple_of(index * p.keys, p.keys), p.keys)],
+        )
+        if p.interpreted:
+            # The CPU under the interpreter lacks some bfloat16 products; in float32 the same products are exact.
+            rows, some = rows.astype(jnp.float32), some.astype(jnp.float32)
+        products = lax.dot_general(
+            rows,
+            some,
+            (((1,), (1,)), ((), ())),
+            precision=dot_precision(rows.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        for query in range(p.queries):
+            for tile in range(tiles):
+                # Heads are added in one order, whatever the number of queries.
+                total = None
+                for row in range(query * p.heads, (query + 1) * p.heads, SUBLANES):
+                    at = slice(row, row + SUBLANES)
+                    term = jnp.maximum(products[at, tile * LANES : (tile + 1) * LANES], 0.0) * spread[at, :]
+                    total = term if total is None else total + term
+                parts[query, index * tiles + tile] = total
+
+    lax.fori_loop(0, CHUNK // p.keys, product, None)
+
+
+def _order_chunk(p: Plan, chunk, counts, parts, scores) -> None:
+    """Scores of a chunk as integers in the same order, ``LOWEST`` where a query does not see the entry."""
+    shape = (SUBLANES, LANES)
+    index = lax.broadcasted_iota(jnp.int32, shape, 0) * LANES + lax.broadcasted_iota(jnp.int32, shape, 1)
+    for query in range(p.queries):
+        total = jnp.sum(parts[query], axis=1)
+        # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.
+        bits = lax.bitcast_convert_type(jnp.where(total == 0, 0.0, total), jnp.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        scores[query, chunk] = jnp.where(index + chunk * CHUNK < counts[0, 0, query], bits, LOWEST)

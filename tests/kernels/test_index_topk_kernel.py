@@ -1,0 +1,143 @@
+"""The kernel of index_topk, interpreted, against a float64 oracle: ties, collisions, bits in company."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from deepseek_v4.cache import KeyRows
+from pallas_kernels.index_topk import index_topk, tpu
+from pallas_kernels.registry import operations
+
+HEADS, WIDTH = 3, 8
+
+
+def _arrays(rng, batch, length, entries, *, integers):
+    draw = (lambda *shape: rng.integers(-1, 2, shape)) if integers else (lambda *shape: rng.normal(size=shape))
+    q, weights, keys = draw(batch, length, HEADS, WIDTH), draw(batch, length, HEADS), draw(2, batch, entries, WIDTH)
+    keys[0] = np.nan if not integers else 0
+    return q.astype(np.float32), weights.astype(np.float32), keys.astype(np.float32)
+
+
+def _scores(q, weights, keys):
+    """float64 [B, S, T] of layer 1."""
+    products = np.einsum("bqhd,bkd->bqhk", q.astype(np.float64), keys[1].astype(np.float64))
+    return np.einsum("bqh,bqhk->bqk", weights.astype(np.float64), np.maximum(products, 0))
+
+
+def _best(scores, counts, k):
+    """Descending score, ties to the lowest index, -1 where fewer are visible."""
+    out = np.full((*counts.shape, min(k, scores.shape[-1])), -1)
+    for at in np.ndindex(counts.shape):
+        order = np.argsort(-scores[at][: counts[at]], kind="stable")[:k]
+        out[at][: len(order)] = order
+    return out
+
+
+def _kernel(q, weights, keys, counts, k, **rest):
+    arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
+    arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
+    return np.asarray(index_topk(**arguments, layer=1, k=k, implementation="tpu_interpret", **rest))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "entries", "k"),
+    [
+        (1, 3, 37, 40),  # fewer than asked for
+        (2, 2, 2500, 512),  # a part of a last chunk
+        (1, 2, 9000, 1024),  # more chunks than layers in a pass
+    ],
+)
+def test_exact_and_stable_under_many_ties(batch, length, entries, k):
+    """Small integers are exact in float32, and tie all the time, at the k-th place too."""
+    rng = np.random.default_rng(entries)
+    q, weights, keys = _arrays(rng, batch, length, entries, integers=True)
+    counts = rng.integers(0, entries + 1, (batch, length))
+    counts[0, 0] = entries
+    counts[-1, -1] = 0 if batch > 1 else 5
+    found = _kernel(q, weights, keys, counts, k)
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, k))
+
+
+def test_all_that_is_selected_may_lie_in_one_place_of_every_chunk():
+    """The packing's worst case: one lane of one row of 18 chunks, behind and between ties at zero."""
+    entries, stride = 18 * 1024, 1024
+    keys = np.zeros((2, 1, entries, WIDTH), np.float32)
+    keys[1, 0, 77::stride, 0] = np.arange(18)[::-1] % 5 + 1
+    keys[1, 0, 300, 0] = -1
+    q = np.zeros((1, 1, HEADS, WIDTH), np.float32)
+    q[..., 0] = 1
+    weights = np.ones((1, 1, HEADS), np.float32)
+    for k in (16, 32):
+        found = _kernel(q, weights, keys, [[entries]], k)
+        np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[entries]]), k))
+
+
+@pytest.fixture(scope="module")
+def random_case():
+    rng = np.random.default_rng(3)
+    q, weights, keys = _arrays(rng, 2, 5, 4100, integers=False)
+    counts = np.array([[4100, 4000, 513, 2048, 1], [512, 0, 3000, 1025, 4099]])
+    keys[1, 1, 4099:] = np.nan
+    return q, weights, keys, counts, _kernel(q, weights, keys, counts, 512)
+
+
+def test_random_scores_are_selected_as_float64_would(random_case):
+    q, weights, keys, counts, found = random_case
+    scores = _scores(q, weights, keys)
+    np.testing.assert_array_equal(found, _best(scores, counts, 512))
+
+
+def test_bits_do_not_depend_on_company(random_case):
+    """One query alone, chunks of queries, other blocks and two cores select what all of them together do."""
+    q, weights, keys, counts, found = random_case
+    alone = _kernel(q[1:, 2:3], weights[1:, 2:3], keys[:, 1:], counts[1:, 2:3], 512)
+    np.testing.assert_array_equal(alone, found[1:, 2:3])
+    arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
+    arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
+    small = tpu.Tiles(queries=2, keys=512, slots=2)
+    interpret = pltpu.InterpretParams(num_cores_or_threads=2)
+    dealt = tpu.index_topk(**arguments, layer=1, k=512, tiles=small, cores=2, interpret=interpret)
+    np.testing.assert_array_equal(dealt, found)
+
+
+def test_bfloat16_keys_select_as_float64_would():
+    rng = np.random.default_rng(5)
+    q, weights, keys = _arrays(rng, 1, 1, 1500, integers=False)
+    q, keys = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (q, keys))
+    arguments = (jnp.asarray(q, jnp.bfloat16), jnp.asarray(weights), jnp.asarray(keys, jnp.bfloat16))
+    found = index_topk(*arguments, jnp.array([[1500]]), layer=1, k=100, implementation="tpu_interpret")
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[1500]]), 100))
+
+
+def test_what_no_kernel_serves_is_refused_by_name_and_left_to_the_twin():
+    q, weights, counts = jnp.zeros((1, 1, 2, 64)), jnp.zeros((1, 1, 2)), jnp.ones((1, 1), jnp.int32)
+    keys = jnp.zeros((1, 1, 40, 64))
+    published = KeyRows(jnp.zeros((1, 1, 40, 32), jnp.uint8), jnp.ones((1, 1, 40, 2), jnp.float8_e8m0fnu))
+    many = jax.ShapeDtypeStruct((1, 1, 1 << 19, 64), jnp.float32)
+    for keys_of_call, rest, reason in (
+        (keys, {"first_entries": counts}, "several documents"),
+        (keys, {"sum_over": ("tensor",)}, "heads are split"),
+        (published, {}, "published layout"),
+        (many, {}, "524288 keys, at most 262144"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            index_topk(q, weights, keys_of_call, counts, k=4, implementation="tpu_interpret", **rest)
+    for keys_of_call, rest in ((keys, {"first_entries": counts}), (published, {})):
+        assert index_topk(q, weights, keys_of_call, counts, k=4, implementation="tpu_interpret|xla", **rest).shape == (
+            1,
+            1,
+            4,
+        )
+
+
+def test_costs_are_hand_sums():
+    cases = {case.name: case.cost for case in operations()["index_topk"].cases()}
+    decode = cases["flash/decode/64x128K"]
+    assert decode.bytes_read == 64 * (64 * (128 * 2 + 4) + 4 + 32768 * 256)
+    assert decode.bytes_written == 64 * 512 * 4
+    assert decode.operations == {"bfloat16": 64 * 64 * 128 * 2 * 32768}
+    prefill = cases["pro/prefill/2048x8K"]
+    visible = sum((t + 1) // 4 for t in range(8192 - 2048, 8192))
+    assert prefill.operations == {"bfloat16": 64 * 128 * 2 * visible}
