@@ -1,6 +1,6 @@
 """A transformer block and its draft sibling (architecture sections 5 and 8)."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.attention import Attention
 from deepseek_v4.nn.linear import Linear
+from deepseek_v4.nn.mixing import on_own_tokens
 from deepseek_v4.nn.moe import MoE
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
@@ -48,27 +49,27 @@ class Block(nnx.Module):
 
         ``chosen`` [B, S, K], if given, are the experts to use.
         """
-        x, post, comb = self._pre("attn", streams, execution)
+        x, post, comb = self._mix(pre_mix, "attn", {"streams": streams}, execution)
         y, cache, observed = self.attn(self.attn_norm(x), tokens, cache, layer, execution)
-        streams, x, post, comb = seam(y, streams, post, comb, **self._mix("ffn", execution))
+        ended = {"y": y, "streams": streams, "post": post, "comb": comb}
+        streams, x, post, comb = self._mix(seam, "ffn", ended, execution)
         y, routed = self.ffn(self.ffn_norm(x), tokens, layer, execution, chosen)
-        streams = post_mix(y, streams, post, comb, implementation=execution.implementation)
-        return streams, cache, observed | routed
+        ended = {"y": y, "streams": streams, "post": post, "comb": comb}
+        return on_own_tokens(post_mix, ended, {}, execution), cache, observed | routed
 
-    def _pre(self, sublayer: str, streams: jax.Array, execution: Execution) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return pre_mix(streams, **self._mix(sublayer, execution))
-
-    def _mix(self, sublayer: str, execution: Execution) -> dict[str, Any]:
-        """The weights and constants that mix the streams into a sublayer."""
-        return {
-            "fn": getattr(self, f"hc_{sublayer}_fn")[...],
-            "scale": getattr(self, f"hc_{sublayer}_scale")[...],
-            "base": getattr(self, f"hc_{sublayer}_base")[...],
-            "sinkhorn_iters": self.config.hc_sinkhorn_iters,
-            "norm_eps": self.config.rms_norm_eps,
-            "hc_eps": self.config.hc_eps,
-            "implementation": execution.implementation,
-        }
+    def _mix(
+        self, operation: Callable, sublayer: str, of_tokens: dict[str, jax.Array], execution: Execution
+    ) -> tuple[jax.Array, ...]:
+        """``operation`` with the weights and constants that mix the streams into a sublayer."""
+        return on_own_tokens(
+            operation,
+            of_tokens,
+            {name: getattr(self, f"hc_{sublayer}_{name}")[...] for name in ("fn", "scale", "base")},
+            execution,
+            sinkhorn_iters=self.config.hc_sinkhorn_iters,
+            norm_eps=self.config.rms_norm_eps,
+            hc_eps=self.config.hc_eps,
+        )
 
 
 class OutputHead(nnx.Module):
