@@ -1,10 +1,12 @@
 """The declaration of ``index_topk``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.index_topk import index_topk
 from pallas_kernels.index_topk.cost import topk_cost
@@ -41,8 +43,15 @@ def _case(model: ModelShape, phase: str, rows: int, context: int) -> Case:
         # The selected entries and their scores, before and after they are put in order.
         temporaries_limit=16 * MIB if decode else 4 * 4 * slots + MIB,
         representative=name in _CI,
+        values=functools.partial(_values, batch, length, context, model.csa_ratio),
         split={"q": 0, "weights": 0, "keys": 1, "counts": 0} if decode else {},
     )
+
+
+def _values(batch: int, length: int, context: int, ratio: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The last ``length`` of ``context`` tokens in every row, which see every entry completed before them."""
+    counts = (context - length + 1 + np.arange(length, dtype=np.int32)) // ratio
+    return {"counts": np.broadcast_to(counts, (batch, length))}
 
 
 def cases() -> tuple[Case, ...]:
