@@ -11,12 +11,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.targets import current_chip
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0..7; codes 8..15 are their negatives."""
+
+_DOUBLED_DIGITS = np.uint32(sum(int(2 * value) << (4 * code) for code, value in enumerate(E2M1_VALUES)))
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
@@ -83,11 +86,9 @@ def decode_scale(scale: jax.Array) -> jax.Array:
 def e2m1_to_float(code: jax.Array) -> jax.Array:
     """E2M1 codes 0..15 (uint8) to float32, by arithmetic on the bits: 1 sign, 2 exponent, 1 mantissa."""
     code = code.astype(jnp.uint32)
-    magnitude = code & 7
-    # Shifted into float32 position a normal code reads 2^-126 too small; code 1 (0.5) is the one subnormal.
-    normal = ((magnitude << 22) + jnp.uint32(126 << 23)).astype(jnp.uint32)
-    value = lax.bitcast_convert_type(normal, jnp.float32)
-    value = jnp.where(magnitude == 1, 0.5, jnp.where(magnitude == 0, 0.0, value))
+    # Twice a magnitude is an integer below 16: all eight are the digits of one word.
+    doubled = (_DOUBLED_DIGITS >> (4 * (code & 7))) & 15
+    value = 0.5 * doubled.astype(jnp.int32).astype(jnp.float32)
     return jnp.where(code & 8, -value, value)
 
 
@@ -107,11 +108,14 @@ def float_to_e2m1(value: jax.Array) -> jax.Array:
     return code | (jnp.signbit(value).astype(jnp.uint8) << 3)
 
 
+def e2m1_planes(packed: jax.Array) -> jax.Array:
+    """Packed FP4 [..., K/2] uint8 to codes [..., 2, K/2]: those of even and of odd index, which is the high nibble."""
+    return (packed[..., None, :] >> jnp.array([[0], [4]], packed.dtype)) & 15
+
+
 def unpack_e2m1(packed: jax.Array) -> jax.Array:
     """Packed FP4 [..., K/2] uint8 to codes [..., K]: the low nibble of a byte is the even index."""
-    # One fused pass with the decoding that follows; joining two halves would write the codes out first.
-    nibbles = packed[..., None] >> jnp.array([0, 4], packed.dtype)
-    return (nibbles & 15).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+    return jnp.swapaxes(e2m1_planes(packed), -1, -2).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
 def pack_e2m1(codes: jax.Array) -> jax.Array:
@@ -125,6 +129,17 @@ def dequantize_fp4(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype = jnp.f
     values = e2m1_to_float(unpack_e2m1(packed))
     groups = values.reshape(*scale.shape, FP4_BLOCK)
     return (groups * decode_scale(scale)[..., None]).reshape(values.shape).astype(dtype)
+
+
+def dequantize_fp4_planes(packed: jax.Array, scale: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """What ``dequantize_fp4`` gives with its even columns first, then the odd ones: [..., N, K].
+
+    No nibble moves past its neighbour, so that decoding is one pass over whole vectors.
+    """
+    values = e2m1_to_float(e2m1_planes(packed))
+    groups = values.reshape(*values.shape[:-1], scale.shape[-1], FP4_BLOCK // 2)
+    decoded = groups * decode_scale(scale)[..., None, :, None]
+    return decoded.reshape(*packed.shape[:-1], packed.shape[-1] * 2).astype(dtype)
 
 
 def dequantize_fp8(weight: jax.Array, scale: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_v4.formats import ACTIVATION_BLOCK, simulate_fp8
 from deepseek_v4.nn.swiglu import clamped_swiglu
-from pallas_kernels.grouped_matmul.xla import cut, expert_linears, linear, product, sum_of_choices
+from pallas_kernels.grouped_matmul.xla import Matrix, cut, expert_linears, linear, product, sum_of_choices
 
 
 class Gather(Protocol):
@@ -157,14 +157,13 @@ def _gradients(
     return dx.astype(dtype), drouting.reshape(tokens, choices).astype(expert_weights.dtype), dmatrices, dadapters
 
 
-def _linear_gradients(dout, rows, weights, plain):
+def _linear_gradients(dout, rows, matrix: Matrix, plain):
     """Cotangents of ``xla.linear``: of rows (float32), and of the matrix (None if packed) and of the adapter."""
-    matrix, adapter = weights
-    drows = product("nm,mk->nk", dout, matrix)
+    drows = matrix.collect(product("nm,mk->nk", dout, matrix.dealt))
     dmatrix = product("nm,nk->mk", dout, rows) if plain else None
-    if adapter is None:
+    if matrix.adapter is None:
         return drows, (dmatrix, None)
-    a, b = adapter
+    a, b = matrix.adapter
     low = product("nk,rk->nr", rows, a).astype(rows.dtype)
     dlow = product("nm,mr->nr", dout, b).astype(rows.dtype)
     db = product("nm,nr->mr", dout, low)

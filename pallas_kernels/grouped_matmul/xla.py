@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_v4.execution import dot_precision
-from deepseek_v4.formats import ACTIVATION_BLOCK, dequantize, from_bytes, simulate_fp8, sliceable
+from deepseek_v4.formats import (
+    ACTIVATION_BLOCK,
+    dequantize,
+    dequantize_fp4_planes,
+    from_bytes,
+    simulate_fp8,
+    sliceable,
+)
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels.grouped_matmul.blocks import Blocks, sort_into_blocks
 
@@ -15,6 +22,29 @@ _FEWEST_ROWS = 8
 _MOST_ROWS = 512
 
 Adapter = tuple[jax.Array, jax.Array]
+
+
+class Matrix(NamedTuple):
+    """One expert's decoded matrix [out, in] and its adapter.
+
+    Columns are dealt out over ``planes``, of which FP4 has two: column c is number c // planes of plane c % planes.
+    """
+
+    dealt: jax.Array
+    planes: int
+    adapter: Adapter | None
+
+    def deal(self, rows):
+        """rows [R, in] in the order of the columns."""
+        if self.planes == 1:
+            return rows
+        return jnp.swapaxes(rows.reshape(rows.shape[0], -1, self.planes), 1, 2).reshape(rows.shape)
+
+    def collect(self, rows):
+        """The inverse of ``deal``."""
+        if self.planes == 1:
+            return rows
+        return jnp.swapaxes(rows.reshape(rows.shape[0], self.planes, -1), 1, 2).reshape(rows.shape)
 
 
 class ExpertLinear(NamedTuple):
@@ -30,15 +60,15 @@ class ExpertLinear(NamedTuple):
     first: jax.Array | int
     types: tuple[Any, Any]
 
-    def of(self, expert, dtype) -> tuple[jax.Array, Adapter | None]:
-        """The matrix [out, in] of one expert and its adapter, in ``dtype``."""
+    def of(self, expert, dtype) -> Matrix:
+        """The matrix of one expert and its adapter, in ``dtype``."""
         at = self.first + expert
+        weight = from_bytes(self.weight[at], self.types[0])
         scale = None if self.scale is None else from_bytes(self.scale[at], self.types[1])
-        matrix = dequantize(from_bytes(self.weight[at], self.types[0]), scale, dtype)
-        if self.adapter is None:
-            return matrix, None
-        a, b = self.adapter
-        return matrix, (a[expert].astype(dtype), b[expert].astype(dtype))
+        adapter = None if self.adapter is None else tuple(a[expert].astype(dtype) for a in self.adapter)
+        if weight.dtype == jnp.uint8:
+            return Matrix(dequantize_fp4_planes(weight, scale, dtype), 2, adapter)
+        return Matrix(dequantize(weight, scale, dtype), 1, adapter)
 
 
 def expert_linears(weights, layer, adapters) -> tuple[list[ExpertLinear], int]:
@@ -129,12 +159,11 @@ def sum_of_choices(values, used, assignment, tokens: int, choices: int):
     return jnp.sum(jnp.where((row < count)[:, None], gathered, 0.0).reshape(tokens, choices, -1), axis=1)
 
 
-def linear(rows, weights):
+def linear(rows, matrix: Matrix):
     """rows [R, in] times one expert's matrix, and its adapter's product added: float32 [R, out]."""
-    matrix, adapter = weights
-    out = product("nk,mk->nm", rows, matrix)
-    if adapter is not None:
-        a, b = adapter
+    out = product("nk,mk->nm", matrix.deal(rows), matrix.dealt)
+    if matrix.adapter is not None:
+        a, b = matrix.adapter
         low = product("nk,rk->nr", rows, a).astype(rows.dtype)
         out += product("nr,mr->nm", low, b)
     return out

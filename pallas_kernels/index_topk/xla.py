@@ -60,7 +60,9 @@ def _scores(q, weights, keys, counts, first_entries, sum_over):
     products = jnp.einsum(
         "bqhd,bkd->bqhk", q, keys, precision=dot_precision(q.dtype), preferred_element_type=jnp.float32
     )
-    scores = jnp.sum(weights.astype(jnp.float32)[..., None] * jnp.maximum(products, 0), axis=2)
+    scores = jnp.einsum(
+        "bqh,bqhk->bqk", weights.astype(jnp.float32), jnp.maximum(products, 0), precision=lax.Precision.HIGHEST
+    )
     if sum_over:
         scores = lax.psum(scores, sum_over)
     # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.

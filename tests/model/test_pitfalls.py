@@ -825,7 +825,7 @@ BUGS = [
         ),
         fp4_experts,
     ),
-    Bug(41, "high nibble first", swap(formats, "unpack_e2m1", lambda o: lambda p: o((p << 4) | (p >> 4))), fp4_experts),
+    Bug(41, "high nibble first", swap(formats, "e2m1_planes", lambda o: lambda p: o((p << 4) | (p >> 4))), fp4_experts),
     Bug(42, "FP8 bytes as integers", swap(formats, "dequantize_fp8", integer_codes), fp8_experts),
     Bug(
         43,

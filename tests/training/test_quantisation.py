@@ -50,8 +50,10 @@ def test_the_forward_uses_what_an_export_holds(trained, tokens, tmp_path):
     released, packed = export_params(model, params, RELEASED)
     assert released.storage == RELEASED
     assert released.execution.quantise is None
+    # The same numbers (``test_a_mesh_rounds_as_one_device`` compares them bit by bit), but FP4 columns are summed even
+    # ones first: float32 rounding over sums of some hundred terms, through five layers; 3e-6 was seen.
     for ours, theirs in zip(logits(model, params, tokens), logits(released, packed, tokens), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
     # Not because nothing was rounded.
     exact = dataclasses.replace(model, execution=Execution("float32"))
     assert np.abs(logits(exact, params, tokens)[0] - logits(model, params, tokens)[0]).max() > 1e-2
