@@ -31,6 +31,9 @@ from deepseek_v4.formats import (
 )
 from deepseek_v4.layer_spec import LayerSpec
 
+ENTRIES = ("entries", "index_entries")
+"""Arrays of a layer's cache with one row per compressed window; the others are rings."""
+
 ENTRY_LAYOUTS = ("plain", "words", "published")
 """How rows are stored: in the activation dtype; compressed entries as uint32 words (``formats.pack_words``); or window
 rows and entries as ``KVRows`` and index keys as ``KeyRows``, the bytes of the release."""
@@ -119,6 +122,7 @@ def layer_cache_shapes(
     rollback: int,
     dtype: jax.typing.DTypeLike,
     layout: str = "plain",
+    shards: int = 1,
 ) -> dict[str, Any]:
     """(rows, width) and dtype of each cache array of one layer and one sequence.
 
@@ -127,8 +131,8 @@ def layer_cache_shapes(
     ``layout`` is how ``entries`` are stored; whoever writes and reads them knows it from their dtype. "words" hold the
     same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of ``window``, ``entries`` and
     ``index_entries`` are then rounded up to whole tiles, without which XLA would keep them in an order that kernels
-    cannot read in place.
-    "published" gives ``KVRows`` and ``KeyRows`` of such pairs.
+    cannot read in place. "published" gives ``KVRows`` and ``KeyRows`` of such pairs. ``shards`` devices hold equal
+    ranges of the entries, for which their rows are rounded up too.
     Raises ``ValueError`` for an unknown layout, or for words of another dtype than bfloat16.
     """
     dtype = jnp.dtype(dtype)
@@ -162,15 +166,15 @@ def layer_cache_shapes(
     window = config.sliding_window - 1 + max(rollback, 1)
     shapes: dict[str, Any] = {"window": kv_rows(_round_up(window, tile))}
     if spec.compress_ratio:
-        entries = max(1, max_length // spec.compress_ratio)
+        entries = _round_up(max(1, max_length // spec.compress_ratio), tile * shards)
         history = spec.pool_rows - 1 + max(rollback, 1)
         width = spec.lanes * config.head_dim
-        words = ((_round_up(entries, tile), config.head_dim // 2), jnp.dtype(jnp.uint32))
+        words = ((entries, config.head_dim // 2), jnp.dtype(jnp.uint32))
         shapes["entries"] = words if layout == "words" else kv_rows(entries)
         shapes["kv"] = shapes["score"] = ((history, width), jnp.dtype(jnp.float32))
         if spec.indexer:
             width = spec.lanes * config.index_head_dim
-            shapes["index_entries"] = key_rows(_round_up(entries, tile))
+            shapes["index_entries"] = key_rows(entries)
             shapes["index_kv"] = shapes["index_score"] = ((history, width), jnp.dtype(jnp.float32))
     return shapes
 
@@ -201,11 +205,25 @@ def ring_write(ring: Any, layer: jax.Array | int, start: jax.Array, lengths: jax
     return _write_rows(ring, layer, jnp.where(kept, positions % size, size), rows)
 
 
-def entries_write(entries: Any, layer: jax.Array | int, first: jax.Array, complete: jax.Array, rows: jax.Array) -> Any:
-    """Stores entries [B, W, w] as windows first .. first + W - 1 [B], where ``complete`` [B, W], in its form."""
+def entries_write(
+    entries: Any,
+    layer: jax.Array | int,
+    first: jax.Array,
+    complete: jax.Array,
+    rows: jax.Array,
+    rows_over: tuple[str, ...] = (),
+) -> Any:
+    """Stores entries [B, W, w] as windows first .. first + W - 1 [B], where ``complete`` [B, W], in its form.
+
+    ``rows_over`` names the mesh axes that split the entries (inside ``shard_map``): ``entries`` are this device's range
+    of them, in the order of the mesh, and it stores what falls into that.
+    """
     if not isinstance(entries, (KVRows, KeyRows)) and entries.dtype == jnp.uint32:
         rows = pack_words(rows)
     slots = first[:, None] + jnp.arange(rows.shape[1])
+    if rows_over:
+        slots -= lax.axis_index(rows_over) * entries.shape[2]
+        complete &= slots >= 0
     return _write_rows(entries, layer, jnp.where(complete, slots, entries.shape[2]), rows)
 
 

@@ -72,6 +72,10 @@ class Execution:
         """Asks the partitioner to lay out ``x`` by logical axes; the identity on one device."""
         return x if self.placement is None else self.placement.constrain(x, tuple(axes))
 
+    def mesh_axes(self, logical: str) -> tuple[str, ...]:
+        """The mesh axes of more than one device that a logical axis is split over; none on one device."""
+        return () if self.placement is None else self.placement.mesh_axes(logical)
+
     def per_shard(
         self, function: Callable, args: Sequence[Any], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence
     ) -> jax.Array:

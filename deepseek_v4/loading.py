@@ -13,7 +13,7 @@ from deepseek_v4.config import Config
 from deepseek_v4.execution import SIMULATIONS, Execution
 from deepseek_v4.model import Model, Params
 from deepseek_v4.nn.variables import Storage
-from deepseek_v4.sharding import MESH_AXES, MeshError, Placement, check_placement, make_mesh
+from deepseek_v4.sharding import MeshError, Placement, check_placement, describe_mesh, make_mesh
 from deepseek_v4.tokenizer import Tokenizer
 
 
@@ -40,7 +40,7 @@ class Loaded:
         """Where and how the model runs, in one line."""
         placement = self.model.execution.placement
         device = jax.devices()[0]
-        mesh = "one device" if placement is None else ",".join(f"{a}={placement.mesh.shape[a]}" for a in MESH_AXES)
+        mesh = "one device" if placement is None else describe_mesh(placement.mesh.shape)
         simulated = ",".join(sorted(self.model.execution.simulate))
         return f"{device.device_kind}, {mesh}, {self.model.execution.dtype}" + (
             simulated and f", simulating {simulated}"

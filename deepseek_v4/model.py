@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 
 from deepseek_v4.adapters import LoRA, adaptable, check_patterns
-from deepseek_v4.cache import layer_cache_shapes, map_shapes
+from deepseek_v4.cache import ENTRIES, layer_cache_shapes, map_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.formats import from_bytes, sliceable
@@ -166,12 +166,16 @@ class Model:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         def layers(spec: LayerSpec, repeats: int):
-            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.cache_layout)
+            shards = 1 if placement is None else placement.size("entries")
+            shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.cache_layout, shards)
 
-            def of_layers(shape, kind):
-                return array((repeats, batch, *shape), kind, (None, "batch", None, None))
+            def of_layers(split, shape, kind):
+                return array((repeats, batch, *shape), kind, (None, "batch", split, None))
 
-            return {name: map_shapes(of_layers, parts) for name, parts in shapes.items()}
+            return {
+                name: map_shapes(functools.partial(of_layers, "entries" if name in ENTRIES else None), parts)
+                for name, parts in shapes.items()
+            }
 
         cache: Cache = {
             "position": array((batch,), jnp.int32, ("batch",)),

@@ -18,7 +18,7 @@ from deepseek_v4.nn.variables import Storage
 if TYPE_CHECKING:
     from deepseek_v4.parameters import ParameterSpec
 
-MESH_AXES = ("data", "expert", "tensor")
+MESH_AXES = ("data", "expert", "tensor", "context")
 
 _MATRIX_ROLES = ("linear", "expert", "scale", "matrix", "embedding", "hyper", "adapter")
 _ACTIVATION_ROLES = ("linear", "expert")
@@ -33,8 +33,12 @@ class Rules:
     """Mesh axes of every logical axis; () keeps an axis whole.
 
     Attention splits by whole output groups (``heads`` follow ``o_groups``), because ``wo_a`` mixes the heads of one
-    group; the single KV head has nothing to split, so caches follow the batch. Routed experts split by expert and
-    then by their width. The vocabulary takes every model axis: embedding and head are the largest dense tensors.
+    group; the single KV head has nothing to split, so rings and compressor state follow the batch. Compressed entries
+    and index keys (``entries``) are split besides, each shard holding a contiguous range of a sequence's entries; every
+    query meets every shard, and what it finds is merged. Routed experts split by expert and then by their width. The
+    vocabulary takes every model axis: embedding and head are the largest dense tensors. Experts and vocabulary also
+    take ``context``, over which tokens are repeated: an axis that splits caches then stores no weight twice but those
+    of attention.
 
     ``fsdp`` are axes of the batch over which matrices are cut once more where they are stored, with their gradients and
     what an optimizer keeps of them: routed experts by expert where that divides, other matrices along ``embed``, or
@@ -42,13 +46,14 @@ class Rules:
     """
 
     batch: tuple[str, ...] = ("data",)
-    vocab: tuple[str, ...] = ("expert", "tensor")
+    entries: tuple[str, ...] = ("context",)
+    vocab: tuple[str, ...] = ("expert", "tensor", "context")
     embed: tuple[str, ...] = ()
     q_lora: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("tensor",)
     o_groups: tuple[str, ...] = ("tensor",)
     index_heads: tuple[str, ...] = ("tensor",)
-    experts: tuple[str, ...] = ("expert",)
+    experts: tuple[str, ...] = ("expert", "context")
     expert_width: tuple[str, ...] = ("tensor",)
     fsdp: tuple[str, ...] = ()
 
@@ -67,6 +72,9 @@ class Rules:
             ("batch", "experts"),
             ("batch", "heads"),
             ("batch", "vocab"),
+            ("batch", "entries"),
+            ("heads", "entries"),
+            ("index_heads", "entries"),
         ):
             both = set(getattr(self, first)) & set(getattr(self, second))
             if both:
@@ -93,7 +101,7 @@ class Placement:
 
     def size(self, logical: str) -> int:
         """Number of shards that a logical axis is cut into."""
-        return int(np.prod([self.mesh.shape[axis] for axis in getattr(self.rules, logical)], dtype=int))
+        return self._count(getattr(self.rules, logical))
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """Logical axes (None: whole) to a partition spec."""
@@ -131,7 +139,7 @@ class Placement:
         return PartitionSpec(*(held or None for held in cut))
 
     def _count(self, names: Sequence[str]) -> int:
-        return int(np.prod([self.mesh.shape[name] for name in names], dtype=int))
+        return int(np.prod([self.mesh.shape.get(name, 1) for name in names], dtype=int))
 
     def gathered(self, specs: Any, params: Any, dtype: jax.typing.DTypeLike) -> Any:
         """The parameters of one layer as computations want them: whole along ``rules.fsdp`` but for routed experts.
@@ -165,7 +173,7 @@ class Placement:
     def _mesh_axes(self, logical: str | None) -> tuple[str, ...] | None:
         if logical is None:
             return None
-        return tuple(axis for axis in getattr(self.rules, logical) if self.mesh.shape[axis] > 1) or None
+        return tuple(axis for axis in getattr(self.rules, logical) if self.mesh.shape.get(axis, 1) > 1) or None
 
     def per_shard(self, function: Callable, args: Sequence[Any], in_axes: Sequence, out_axes: Sequence) -> jax.Array:
         """Runs ``function`` on the local shard of every argument (None for an absent one), by logical axes.
@@ -332,22 +340,32 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def axes_of(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of a mesh of these sizes: ``context`` is one only where it has several devices."""
+    return tuple(axis for axis in MESH_AXES if axis != "context" or sizes.get(axis, 1) > 1)
+
+
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+    """As on a command line."""
+    return ",".join(f"{axis}={sizes.get(axis, 1)}" for axis in axes_of(sizes))
+
+
 def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the given sizes over ``devices`` (default: all); raises ``MeshError`` if their number differs."""
     if isinstance(sizes, str):
         sizes = parse_mesh(sizes)
     devices = list(jax.devices() if devices is None else devices)
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    axes = axes_of(sizes)
+    shape = tuple(sizes.get(axis, 1) for axis in axes)
     needed = int(np.prod(shape))
-    described = ",".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if needed != len(devices):
         raise MeshError(
-            f"mesh {described} needs {needed} devices, found {len(devices)}; "
+            f"mesh {describe_mesh(sizes)} needs {needed} devices, found {len(devices)}; "
             f"choose sizes whose product is {len(devices)}"
         )
     # Split physical axes are allowed so that every shape works on every torus; whole ones are preferred.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES)
+    return Mesh(grid, axes)
 
 
 def check_placement(
@@ -378,5 +396,7 @@ def check_placement(
             f"{'*'.join(placement.rules.expert_width)} = {shards} in whole scale blocks of {block}"
         )
     if problems:
-        shape = ",".join(f"{axis}={placement.mesh.shape[axis]}" for axis in MESH_AXES)
-        raise MeshError(f"mesh {shape} does not fit this model:\n" + "\n".join(f"  {p}" for p in problems))
+        raise MeshError(
+            f"mesh {describe_mesh(placement.mesh.shape)} does not fit this model:\n"
+            + "\n".join(f"  {p}" for p in problems)
+        )

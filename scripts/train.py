@@ -24,7 +24,7 @@ from rich.console import Console
 from deepseek_v4.distributed import Processes, is_main, start
 from deepseek_v4.loading import simulate_devices
 from deepseek_v4.planning.pods import with_pod
-from deepseek_v4.sharding import MESH_AXES
+from deepseek_v4.sharding import describe_mesh
 from deepseek_v4.training.export import check_target, export
 from deepseek_v4.training.run import Run, open_run
 from deepseek_v4.training.run_config import ConfigurationError, TrainConfig, load_config
@@ -113,7 +113,7 @@ def _run(args: Arguments, console: Console) -> int:
 
 def _description(run: Run) -> list[str]:
     config, placement = run.config, run.model.execution.placement
-    mesh = "one device" if placement is None else ",".join(f"{a}={placement.mesh.shape[a]}" for a in MESH_AXES)
+    mesh = "one device" if placement is None else describe_mesh(placement.mesh.shape)
     what = {"full": "all parameters", "qat": f"all parameters, quantised from step {config.quantise_from}"}
     lines = [
         f"{config.model} ({config.weights} weights), {what.get(config.mode, f'adapters {config.lora}')}",

@@ -21,7 +21,14 @@ from deepseek_v4.sharding import check_placement, parse_mesh
 CONFIG = small_config(
     (128, 4), num_hash_layers=1, num_attention_heads=8, o_groups=4, moe_intermediate_size=256, num_hidden_layers=2
 )
-MESHES = ("tensor=2", "data=2,expert=2", "data=2,expert=2,tensor=2", "data=2,tensor=4", "expert=8")
+MESHES = (
+    "tensor=2",
+    "data=2,expert=2",
+    "data=2,expert=2,tensor=2",
+    "data=2,tensor=4",
+    "expert=8",
+    "expert=2,tensor=2,context=2",
+)
 LENGTH = 135  # crosses the window and one HCA block
 
 
@@ -135,7 +142,7 @@ def test_illegal_meshes_are_refused_before_compiling():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("data=2,context=2", "context"),
+        ("data=2,sequence=2", "sequence"),
         ("data=2,data=4", "twice"),
         ("data=0", "positive"),
         ("tensor", "AXIS=SIZE"),

@@ -24,14 +24,13 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from deepseek_v4.cache import ENTRIES
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.engine.state import State, placed, stacked
 from deepseek_v4.model import Model
 
 UNIT_STEP = 128
 """Units are multiples of this many tokens: the longest window that a layer compresses."""
-
-_ENTRIES = ("entries", "index_entries")
 
 Put = Callable[[Any], Any]
 
@@ -299,7 +298,7 @@ def _programs(model: Model) -> _Programs:
     def ratio_of(path) -> int | None:
         """Tokens per row of a leaf that holds entries; None for rings."""
         names = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
-        if not any(name in _ENTRIES for name in names):
+        if not any(name in ENTRIES for name in names):
             return None
         _, group, member = names[:3]
         return ratios[group, member]

@@ -1,5 +1,6 @@
 """What an engine keeps on its devices: the caches of its slots and one row of settings and progress per slot."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,11 +73,12 @@ def placed(model: Model, state: State) -> State:
     if placement is None:
         return state
 
-    def place(path, array):
-        axes = (None, "batch") if stacked(path) else ("batch",)
-        return lax.with_sharding_constraint(array, placement.sharding(axes + (None,) * (array.ndim - len(axes))))
-
-    return jax.tree.map_with_path(place, state)
+    layout = model.abstract_cache(placement.size("batch"), 1)  # layouts are those of every size
+    cache = jax.tree.map(lambda array, as_: lax.with_sharding_constraint(array, as_.sharding), state["cache"], layout)
+    rows = jax.tree.map(
+        lambda array: placement.constrain(array, ("batch",) + (None,) * (array.ndim - 1)), state["rows"]
+    )
+    return {"cache": cache, "rows": rows}
 
 
 def stacked(path) -> bool:
@@ -115,7 +117,11 @@ def cache_growth(model: Model, max_length: int, rollback: int) -> tuple[float, i
 
 
 def device_cache_bytes(model: Model, slots: int, max_length: int, rollback: int) -> int:
-    """Bytes of a pool's cache on each device, after splitting slots over the mesh."""
+    """Bytes of a pool's cache on each device, after splitting slots and entries over the mesh."""
     placement = model.execution.placement
-    shards = 1 if placement is None else placement.size("batch")
-    return -(-slots // shards) * cache_bytes(model, max_length, rollback)
+    if placement is None:
+        return slots * cache_bytes(model, max_length, rollback)
+    shards = placement.size("batch")
+    one_each = jax.tree.leaves(model.abstract_cache(shards, max_length, rollback))
+    row = sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize for a in one_each)
+    return -(-slots // shards) * row

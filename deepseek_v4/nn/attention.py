@@ -91,6 +91,10 @@ class Attention(nnx.Module):
                 indices, scores, new = self.indexer(x, qr, tokens, cache, layer, first, counts, execution)
                 updates |= new
 
+        # Without a cache every device has all entries of this call.
+        split = None if cache is None else "entries"
+        entry_shards = () if cache is None else execution.mesh_axes("entries")
+
         def attend(q, window, sink, start, ring, entries, layer, counts, indices, window_counts, first):
             return compressed_attention(
                 q,
@@ -106,6 +110,7 @@ class Attention(nnx.Module):
                 first_entries=first,
                 window_size=c.sliding_window,
                 scale=c.head_dim**-0.5,
+                entries_over=entry_shards,
                 implementation=execution.implementation,
             )
 
@@ -114,7 +119,8 @@ class Attention(nnx.Module):
         layer = jnp.asarray(0 if cache is None else layer)
         per_token = ("batch", None)
         inputs = (q, window, self.attn_sink[...], start, ring, entries, layer, counts, indices, window_counts, first)
-        axes = (heads, rows, ("heads",), ("batch",), stacked, stacked, (), per_token, rows, per_token, per_token)
+        kept = (None, "batch", split, None)
+        axes = (heads, rows, ("heads",), ("batch",), stacked, kept, (), per_token, rows, per_token, per_token)
         out = execution.per_shard(attend, inputs, axes, heads)
         if scores is not None:
             assert tokens.training is not None
@@ -125,7 +131,7 @@ class Attention(nnx.Module):
                     *inputs,
                     window_size=c.sliding_window,
                     scale=c.head_dim**-0.5,
-                    sum_over=() if execution.placement is None else execution.placement.mesh_axes("heads"),
+                    sum_over=execution.mesh_axes("heads"),
                 )
 
             divergence = execution.per_shard(teach, (scores, *jax.lax.stop_gradient(inputs)), (rows, *axes), per_token)

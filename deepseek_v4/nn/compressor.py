@@ -78,11 +78,25 @@ class Compressor(nnx.Module):
             return new[None], 0, {}
         complete = (first[:, None] + jnp.arange(windows) + 1) * ratio <= (start + lengths)[:, None]
         updates = {
-            "entries": entries_write(rings["entries"], layer, first, complete, new),
+            "entries": self._write(rings["entries"], layer, first, complete, new, execution),
             "kv": ring_write(rings["kv"], layer, start, lengths, kv),
             "score": ring_write(rings["score"], layer, start, lengths, score),
         }
         return updates["entries"], layer, {self.prefix + name: array for name, array in updates.items()}
+
+    def _write(self, entries, layer, first, complete, rows, execution: Execution):
+        split = execution.mesh_axes("entries")
+        if not split:
+            return entries_write(entries, layer, first, complete, rows)
+
+        # Said explicitly, that only the device writes that owns a row: nothing is sent.
+        def write(*arguments):
+            return entries_write(*arguments, rows_over=split)
+
+        stacked = (None, "batch", "entries", None)
+        per_window = ("batch", None)
+        axes = (stacked, (), ("batch",), per_window, ("batch", None, None))
+        return execution.per_shard(write, (entries, jnp.asarray(layer), first, complete, rows), axes, stacked)
 
     def _pool(self, kv: jax.Array, score: jax.Array, first: jax.Array, execution: Execution) -> jax.Array:
         return compress(

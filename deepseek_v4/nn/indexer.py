@@ -63,14 +63,16 @@ class Indexer(nnx.Module):
         q = execution.constrain(q, ("batch", None, "index_heads", None))
         q = self._quantised(apply_rope(q, tokens.positions[..., None], self.spec.rope), execution)
         weights = self.weights_proj(x, execution.activation_dtype).astype(jnp.float32) * (heads * dim) ** -0.5
-        placement = execution.placement
-        head_shards = () if placement is None else placement.mesh_axes("index_heads")
+        head_shards = execution.mesh_axes("index_heads")
+        # Without a cache every device has all keys of this call.
+        split = None if cache is None else "entries"
+        key_shards = () if cache is None else execution.mesh_axes("entries")
         rows = ("batch", None, None)
         arguments = (q, weights, keys, counts, jnp.asarray(key_layer), first)
         axes = (
             ("batch", None, "index_heads", None),
             ("batch", None, "index_heads"),
-            (None, "batch", None, None),
+            (None, "batch", split, None),
             ("batch", None),
             (),
             ("batch", None),
@@ -97,6 +99,7 @@ class Indexer(nnx.Module):
                 layer=layer,
                 k=config.index_topk,
                 sum_over=head_shards,
+                keys_over=key_shards,
                 implementation=execution.implementation,
             )
 

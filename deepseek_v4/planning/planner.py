@@ -87,6 +87,8 @@ def check(setting: Setting) -> None:
     if work.batch % data:
         raise WorkloadError(f"batch {work.batch} does not divide over data = {data}")
     setting.model()
+    if work.phase == "train" and (split := setting.placement.mesh_axes("entries")):
+        raise WorkloadError(f"{'*'.join(split)} splits caches, which training has none of")
     reason = experts_unserved(setting)
     if reason is not None:
         raise WorkloadError(

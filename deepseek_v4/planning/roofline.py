@@ -163,6 +163,8 @@ def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, cont
         yield _linears(setting, "indexer projections", flat, ("attn", "indexer"), tokens)
         yield from _index(setting, spec, context)
     yield _attention(setting, spec, context)
+    if spec.compress_ratio:
+        yield _attention_parts(setting, tokens)
     yield Part("attention output", exchange=_exchange(setting, "all-reduce", "o_groups", 2 * tokens * d))
     yield _linears(setting, "router", flat, ("ffn", "gate"), tokens)
     yield _experts(setting, flat, tokens)
@@ -237,10 +239,12 @@ def _elements(setting: Setting, path: tuple[str, ...], spec: ParameterSpec) -> t
 
 
 def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
+    """Attention to a device's part of the entries: of those selected, an even share."""
     config, work = setting.config, setting.workload
     multiplied, moved = _passes(setting)
     ratio = spec.compress_ratio
     selected = min(config.index_topk, context // ratio) if spec.indexer else (context // ratio if ratio else 0)
+    selected = -(-selected // setting.placement.size("entries"))
     cost = attention_cost(
         batch=setting.rows,
         length=work.tokens,
@@ -256,11 +260,24 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
     return Part("attention", operations, moved * cost.bytes_moved)
 
 
+def _attention_parts(setting: Setting, tokens: int) -> Part:
+    """Float32 parts of a softmax: all go to all devices if they are few, else a share, whose results do."""
+    config, shards = setting.config, setting.placement.size("entries")
+    heads = config.num_attention_heads // setting.placement.size("heads")
+    part = 4 * tokens * heads * (config.head_dim + 2)
+    received = min(part * shards, part + 2 * tokens * heads * config.head_dim)
+    return Part("attention parts", exchange=_exchange(setting, "all-gather", "entries", received))
+
+
 def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
-    """Index scores of every entry that the cache has room for, and the top-k over them: written and read once."""
+    """Index scores of every entry that the cache has room for, and the top-k over them: written and read once.
+
+    Where devices have a part of the entries each, they exchange the best of them, a score and an index each.
+    """
     config, work, placement = setting.config, setting.workload, setting.placement
     multiplied, moved = _passes(setting)
-    entries = max(1, work.context // spec.compress_ratio)
+    shards = placement.size("entries")
+    entries = max(1, work.context // spec.compress_ratio // shards)
     tokens = setting.rows * work.tokens
     heads = config.index_n_heads // placement.size("index_heads")
     keys = setting.rows * entries * config.index_head_dim * _activation_bytes()
@@ -268,6 +285,8 @@ def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
     operations = 2 * tokens * entries * heads * config.index_head_dim
     yield Part("index scores", {"bfloat16": multiplied * operations}, moved * (keys + 2 * scores))
     yield Part("index score sums", exchange=_exchange(setting, "all-reduce", "index_heads", scores))
+    candidates = 8 * tokens * min(config.index_topk, entries) * shards
+    yield Part("index candidates", exchange=_exchange(setting, "all-gather", "entries", candidates))
 
 
 def _shell(setting: Setting, shell: Mapping[str, Any]) -> Iterator[Part]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 from jax.experimental import mesh_utils
 
-from deepseek_v4.sharding import MESH_AXES
+from deepseek_v4.sharding import axes_of
 from pallas_kernels.targets import CHIPS, Chip
 
 HOP_SECONDS = 1e-6
@@ -54,8 +54,9 @@ class Topology:
 
     def links(self, mesh: Mapping[str, int], axes: Sequence[str]) -> "Links":
         """What the devices along ``axes`` of a mesh have to exchange data with one another."""
-        axes = [axis for axis in MESH_AXES if axis in axes and mesh[axis] > 1]
-        return _links(self, tuple(mesh[axis] for axis in MESH_AXES), tuple(MESH_AXES.index(a) for a in axes))
+        names = axes_of(mesh)
+        places = tuple(place for place, axis in enumerate(names) if axis in axes and mesh[axis] > 1)
+        return _links(self, tuple(mesh[axis] for axis in names), places)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from deepseek_v4.model import Model
 from deepseek_v4.nn.variables import MASTER, RELEASED, Storage
 from deepseek_v4.parameters import ParameterSpec
 from deepseek_v4.planning.topology import Topology
-from deepseek_v4.sharding import MESH_AXES, Placement, Rules
+from deepseek_v4.sharding import MESH_AXES, Placement, Rules, axes_of
 
 if TYPE_CHECKING:
     from deepseek_v4.training.step import Program
@@ -92,7 +92,7 @@ class Setting:
     @classmethod
     def of(cls, config: Config, topology: Topology, mesh: Mapping[str, int], workload: Workload) -> "Setting":
         """From sizes by axis (unnamed axes are 1)."""
-        return cls(config, topology, tuple((axis, mesh.get(axis, 1)) for axis in MESH_AXES), workload)
+        return cls(config, topology, tuple((axis, mesh.get(axis, 1)) for axis in axes_of(mesh)), workload)
 
     @property
     def sizes(self) -> dict[str, int]:

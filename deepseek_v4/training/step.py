@@ -25,6 +25,7 @@ from deepseek_v4.model import REMAT_POLICIES, Hidden, Model, Observed, Params
 from deepseek_v4.nn.variables import Buffer
 from deepseek_v4.parameters import ParameterSpec, is_spec, map_specs
 from deepseek_v4.positions import Training
+from deepseek_v4.sharding import MeshError
 from deepseek_v4.training.evaluation import evaluation_sums
 from deepseek_v4.training.losses import cross_entropy, labels
 from deepseek_v4.training.optimizer import OptimizerConfig, make_optimizer, schedule, state_shardings
@@ -75,7 +76,8 @@ class Program:
     gradients are added. ``remat`` is what a backward pass finds: "none" of the forward pass computed again, "experts"
     all but the products of routed experts, "full" everything. With ``packed`` rows hold several documents, else each
     row is one. ``anticipate`` > 0 takes the routers' choices from the parameters of so many steps ago, from the start.
-    Raises ``ValueError`` for sizes below 1 and what the optimizer cannot train.
+    Raises ``ValueError`` for sizes below 1 and what the optimizer cannot train, ``MeshError`` for a mesh that splits
+    caches.
     """
 
     model: Model
@@ -99,6 +101,10 @@ class Program:
             raise ValueError(
                 "there is nothing to train: the weights of this model are packed or frozen; train float32 masters, or "
                 "adapters beside packed weights"
+            )
+        if split := self.model.execution.mesh_axes("entries"):
+            raise MeshError(
+                f"mesh axes {list(split)} split caches, which training has none of; use data, expert and tensor"
             )
         self._optimizer  # noqa: B018  what it cannot train is known now
 

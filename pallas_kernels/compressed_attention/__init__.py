@@ -1,9 +1,12 @@
 """One softmax over a sliding window, compressed entries and a sink (architecture section 2, step 4)."""
 
+import functools
+from typing import Any
+
 import jax
 
 from deepseek_v4.cache import KVRows
-from pallas_kernels.compressed_attention import gpu, tpu, xla
+from pallas_kernels.compressed_attention import gpu, merge, tpu, xla
 from pallas_kernels.gradients import with_twin_gradient
 from pallas_kernels.implementation import choose
 
@@ -14,6 +17,8 @@ _IMPLEMENTATIONS = {
     "gpu": with_twin_gradient(gpu.compressed_attention, xla.compressed_attention),
     "gpu_interpret": with_twin_gradient(gpu.interpreted, xla.compressed_attention),
 }
+
+_SPLIT = _IMPLEMENTATIONS | {"xla": functools.partial(merge.split_attention, xla.partial_attention)}
 
 
 def compressed_attention(
@@ -31,6 +36,7 @@ def compressed_attention(
     first_entries: jax.Array | None = None,
     window_size: int,
     scale: float,
+    entries_over: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention of queries over their last ``window_size`` tokens and over compressed entries, K = V, one KV head.
@@ -52,6 +58,10 @@ def compressed_attention(
     query sees (itself among them; 0 for none), and ``first_entries`` [B, S] from which entry on it sees them; no kernel
     serves these.
 
+    ``entries_over`` names the mesh axes that split the entries (inside ``shard_map``): ``entries`` are then this
+    device's range of them, the others' follow in the order of the mesh; counts and indices number them all, everything
+    else is the same on these devices, and so is the result. No kernel serves this.
+
     Softmax and accumulation are float32. Returns [B, S, H, c] in the dtype of q, still rotated. A row's output does
     not depend on the other rows, on T, or on the padding of indices. Gradients flow to q, window, sink, ring and plain
     entries; the kernels' are those of the twin, recomputed. Source: paper 2.3.
@@ -60,11 +70,16 @@ def compressed_attention(
         unserved = dict.fromkeys(set(_IMPLEMENTATIONS) - {"xla"}, lambda chip: "rows in the published layout")
     else:
         unserved = tpu.unserved_by(q, entries, indices, window_size) | gpu.unserved_by(q, entries)
-    packed = {}
+    more: dict[str, Any] = {}
     if window_counts is not None:
-        packed = {"window_counts": window_counts, "first_entries": first_entries}
+        more = {"window_counts": window_counts, "first_entries": first_entries}
         unserved = dict.fromkeys(unserved, lambda chip: "rows of several documents")
-    function = choose("compressed_attention", _IMPLEMENTATIONS, implementation, unserved)
+    implementations = _IMPLEMENTATIONS
+    if entries_over and entries is not None:
+        more["entries_over"] = entries_over
+        unserved = dict.fromkeys(unserved, lambda chip: "entries that are split over devices")
+        implementations = _SPLIT
+    function = choose("compressed_attention", implementations, implementation, unserved)
     return function(
         q=q,
         window=window,
@@ -77,7 +92,7 @@ def compressed_attention(
         indices=indices,
         window_size=window_size,
         scale=scale,
-        **packed,
+        **more,
     )
 
 

@@ -36,21 +36,39 @@ def compressed_attention(q, window, sink, start, *, scale, **arguments):
     """See ``pallas_kernels.compressed_attention.compressed_attention``."""
 
     def attend(queries: _Queries, entries):
-        weights, keys, total = _softmax(queries, sink, entries, scale)
-        out = sum(
-            _dot("bqhk,bkc->bqhc" if k.ndim == 3 else "bqhk,bqkc->bqhc", w.astype(q.dtype), k)
-            for w, k in zip(weights, keys, strict=True)
-        )
+        out, _, total = _weighted(queries, sink, entries, scale)
         return (out / total).astype(q.dtype)
 
     return _in_blocks(attend, q, window, start, **arguments)
+
+
+def partial_attention(q, window, start, *, scale, **arguments):
+    """The softmax over what these arguments hold, before it is divided and without the sink; all float32.
+
+    Returns (weighted sum of values [B, S, H, c], largest score [B, S, H, 1], sum of weights [B, S, H, 1]); weights are
+    relative to the largest score, which is the lowest float32 of a query that sees nothing.
+    """
+
+    def attend(queries: _Queries, entries):
+        return _weighted(queries, None, entries, scale)
+
+    return _in_blocks(attend, q, window, start, **arguments)
+
+
+def _weighted(queries: _Queries, sink, entries, scale):
+    weights, keys, maximum, total = _softmax(queries, sink, entries, scale)
+    out = sum(
+        _dot("bqhk,bkc->bqhc" if k.ndim == 3 else "bqhk,bqkc->bqhc", w.astype(queries.q.dtype), k)
+        for w, k in zip(weights, keys, strict=True)
+    )
+    return out, maximum, total
 
 
 def index_divergence(scores, q, window, sink, start, *, scale, sum_over, **arguments):
     """See ``pallas_kernels.compressed_attention.index_divergence``."""
 
     def diverge(queries: _Queries, entries):
-        weights, _, total = _softmax(queries, sink, entries, scale)
+        weights, _, _, total = _softmax(queries, sink, entries, scale)
         taught = jnp.sum(weights[1] / total, axis=2)
         taught = lax.psum(taught, sum_over) if sum_over else taught
         size = jnp.sum(taught, axis=-1, keepdims=True)
@@ -128,7 +146,7 @@ def _in_blocks(
     windows = _overlapping(window, blocks, block, window_size - 1)
     rest = (window_counts, first_entries, counts, indices, extra)
     out = lax.map(run, _Queries(cut(q), windows, *map(cut, rest)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, *out.shape[3:])[:, :length]
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, blocks * block, *a.shape[3:])[:, :length], out)
 
 
 def _overlapping(window, blocks, block, history):
@@ -145,9 +163,10 @@ def _overlapping(window, blocks, block, history):
 
 
 def _softmax(queries: _Queries, sink, entries, scale):
-    """Of one softmax over window, entries and sink: weights [B, S, H, keys] of both, not normalised; keys; their sum.
+    """Of one softmax over window, entries and sink (if there is one), not normalised.
 
-    The keys of selected entries are [B, S, K, c], those of the others [B, keys, c]. Heads stay where queries have them:
+    Returns weights [B, S, H, keys] of window and entries, their keys, the largest score and the sum of weights. The
+    keys of selected entries are [B, S, K, c], those of the others [B, keys, c]. Heads stay where queries have them:
     products of this order need no copy of scores or queries.
     """
     q, window, window_counts, first_entries, counts, indices, _ = queries
@@ -176,14 +195,18 @@ def _softmax(queries: _Queries, sink, entries, scale):
         scores.append(jnp.where((indices >= 0)[:, :, None], score, -jnp.inf))
         keys.append(selected)
 
-    sink = sink[:, None].astype(jnp.float32)
-    maximum = sink
+    if sink is None:
+        maximum = jnp.full((1, 1), jnp.finfo(jnp.float32).min)
+    else:
+        maximum = sink = sink[:, None].astype(jnp.float32)
     for score in scores:
         maximum = jnp.maximum(maximum, jnp.max(score, axis=-1, keepdims=True, initial=-jnp.inf))
     maximum = lax.stop_gradient(maximum)
     weights = [jnp.exp(score - maximum) for score in scores]
-    total = jnp.exp(sink - maximum) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    return weights, keys, total
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    if sink is not None:
+        total = jnp.exp(sink - maximum) + total
+    return weights, keys, maximum, total
 
 
 def _dot(equation, a, b):

@@ -1,13 +1,17 @@
 """The lightning indexer: scores of compressed entries and the exact top-k of them (architecture section 4)."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.index_topk import tpu, xla
+from pallas_kernels.index_topk import merge, tpu, xla
 
 _IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla.index_topk, "tpu": tpu.index_topk, "tpu_interpret": tpu.interpreted}
+
+_SPLIT = _IMPLEMENTATIONS | {"xla": functools.partial(merge.split_topk, xla.ranked_topk)}
 
 
 def index_topk(
@@ -20,6 +24,7 @@ def index_topk(
     layer: jax.Array | int = 0,
     k: int,
     sum_over: tuple[str, ...] = (),
+    keys_over: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """The entries each query attends to: I[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]), the k largest.
@@ -30,13 +35,20 @@ def index_topk(
     selected entries, in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores
     are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over``
     names the mesh axes that split the heads, whose partial scores are added before anything is compared (inside
-    ``shard_map``). No kernel serves ``first_entries``, ``sum_over`` or ``KeyRows``. There is no gradient.
+    ``shard_map``). ``keys_over`` names those that split the keys: ``keys`` are then this device's range of them, the
+    others' follow in the order of the mesh; counts and what is returned number them all, and the result is that of
+    unsplit keys. No kernel serves ``first_entries``, ``sum_over``, ``keys_over`` or ``KeyRows``. There is no gradient.
     Source: paper eq. 13-17.
     """
+    implementations = _IMPLEMENTATIONS
     unserved = tpu.unserved_by(q, keys, k, first_entries, sum_over)
-    function = choose("index_topk", _IMPLEMENTATIONS, implementation, unserved)
-    only_twin = {"first_entries": first_entries, "sum_over": sum_over}
-    only_twin = only_twin if function is xla.index_topk else {}
+    only_twin: dict[str, Any] = {"first_entries": first_entries, "sum_over": sum_over}
+    if keys_over:
+        implementations = _SPLIT
+        unserved = dict.fromkeys(unserved, lambda chip: "keys that are split over devices")
+        only_twin["keys_over"] = keys_over
+    function = choose("index_topk", implementations, implementation, unserved)
+    only_twin = only_twin if function is implementations["xla"] else {}
     return function(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **only_twin)
 
 

@@ -13,8 +13,15 @@ _SCORE_ELEMENTS = 1 << 25  # bounds the [B, block, Hi, T] products should they b
 def index_topk(q, weights, keys, counts, *, first_entries, layer, k, sum_over):
     """See ``pallas_kernels.index_topk.index_topk``."""
 
+    ranked = ranked_topk(q, weights, keys, counts, first_entries=first_entries, layer=layer, k=k, sum_over=sum_over)
+    return ranked[1]
+
+
+def ranked_topk(q, weights, keys, counts, *, first_entries, layer, k, sum_over):
+    """What ``index_topk`` selects with its scores: (float32 [B, S, K] in descending order, int32 [B, S, K])."""
+
     def function(*arguments):
-        return select(_scores(*arguments, sum_over), k)
+        return _ranked(_scores(*arguments, sum_over), k)
 
     return _in_blocks(function, q, weights, keys, counts, first_entries, layer)
 
@@ -28,8 +35,12 @@ def all_scores(q, weights, keys, counts, *, first_entries, layer, sum_over):
 
 def select(scores, k):
     """The k largest of [B, S, T], ties to the lowest index, -1 for what is not visible."""
+    return _ranked(scores, k)[1]
+
+
+def _ranked(scores, k):
     best, indices = lax.top_k(scores, min(k, scores.shape[-1]))
-    return jnp.where(best > -jnp.inf, indices, -1).astype(jnp.int32)
+    return best, jnp.where(best > -jnp.inf, indices, -1).astype(jnp.int32)
 
 
 def _in_blocks(function, q, weights, keys, counts, first_entries, layer):
@@ -52,7 +63,7 @@ def _in_blocks(function, q, weights, keys, counts, first_entries, layer):
         return function(q, weights, keys, counts, first)
 
     out = lax.map(run, (split(q), split(weights), split(counts), split(first)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, -1)[:, :length]
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, blocks * block, -1)[:, :length], out)
 
 
 def _scores(q, weights, keys, counts, first_entries, sum_over):
