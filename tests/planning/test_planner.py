@@ -124,7 +124,7 @@ def test_search_ranks_what_fits_first_and_explains():
     times = [p.seconds for p in found.plans if p.memory.fits]
     assert times == sorted(times)
     assert {p.setting.mesh_text for p in found.plans}.isdisjoint(dict(found.illegal))
-    assert len(found.plans) + len(found.illegal) == len(list(meshes(16))) == 15
+    assert len(found.plans) + len(found.illegal) == len(list(meshes(16))) == 35
     text = "\n".join(explain(found))
     assert found.plans[0].setting.mesh_text in text
     assert found.plans[1].setting.mesh_text in text
