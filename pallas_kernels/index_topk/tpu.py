@@ -20,7 +20,17 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_v4.cache import layer_of
 from deepseek_v4.execution import dot_precision
 from pallas_kernels.index_topk.cost import topk_cost
-from pallas_kernels.index_topk.tpu_select import CHUNK, LANES, LOWEST, SUBLANES, Selection, empty_chunks, place, search
+from pallas_kernels.index_topk.tpu_select import (
+    CHUNK,
+    LANES,
+    LOWEST,
+    SUBLANES,
+    Selection,
+    empty_chunks,
+    place,
+    positions,
+    search,
+)
 from pallas_kernels.index_topk.unserved import unserved
 from pallas_kernels.targets import Chip, current_chip
 
@@ -32,11 +42,10 @@ _MIB = 1 << 20
 class Tiles:
     """Block sizes, the numbers that a tuner sweeps; none of them changes a result.
 
-    ``queries`` that share a pass over the keys; ``keys`` of one matrix product; ``slots``, chunks of keys in flight.
+    ``queries`` that share a pass over the keys; ``slots``, chunks of keys in flight.
     """
 
     queries: int = 16
-    keys: int = 256
     slots: int = 8
 
 
@@ -51,7 +60,6 @@ class Plan:
     dtype: Any
     entries: int
     queries: int
-    keys: int
     slots: int
     selection: Selection
     cores: int = 1
@@ -102,7 +110,6 @@ def index_topk(
         dtype=q.dtype,
         entries=entries,
         queries=queries,
-        keys=tiles.keys,
         slots=tiles.slots,
         selection=Selection.of(queries=queries, entries=entries, k=k, interpreted=bool(interpret)),
         interpreted=bool(interpret),
@@ -169,7 +176,6 @@ def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.A
                 pltpu.VMEM((p.slots, CHUNK, p.width), p.dtype),
                 pltpu.SemaphoreType.DMA((p.slots,)),
                 pltpu.VMEM((queries * p.heads, LANES), jnp.float32),
-                pltpu.VMEM((queries, SUBLANES, SUBLANES, LANES), jnp.float32),
                 *s.scratch_shapes(),
             ],
         ),
@@ -197,11 +203,11 @@ def _fast_memory(p: Plan) -> int:
         p.slots * CHUNK * p.width * item + 4 * rows * LANES + 4 * p.queries * 8 * CHUNK + p.selection.scratch_bytes
     )
     blocks = 2 * (rows * p.width * item + 8 * p.queries * CHUNK)
-    return scratch + blocks + 4 * 4 * rows * p.keys + 8 * _MIB
+    return scratch + blocks + 4 * rows * CHUNK + 8 * _MIB
 
 
 def _kernel(p: Plan, steps: int, item, layer_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
-    stored, semaphores, spread, parts, scores, *selecting = scratch
+    stored, semaphores, spread, scores, *selecting = scratch
     core, step = pl.program_id(0), pl.program_id(1)
 
     def chunks_of(step):
@@ -244,8 +250,7 @@ def _kernel(p: Plan, steps: int, item, layer_ref, limit_ref, counts, q, weights,
 
     def visit(chunk, _):
         transfer(step, chunk, lambda copy: copy.wait())
-        _score_chunk(p, q, spread, stored.at[lax.rem(chunk, p.slots)], parts)
-        _order_chunk(p, chunk, counts, parts, scores)
+        _score_chunk(p, chunk, counts, q, spread, stored.at[lax.rem(chunk, p.slots)], scores)
 
         @pl.when(chunk + p.slots < chunks)
         def _():
@@ -276,45 +281,43 @@ def _spread_weights(p: Plan, weights, spread) -> None:
         spread[query * p.heads : (query + 1) * p.heads, :] = jnp.broadcast_to(column, (p.heads, LANES))
 
 
-def _score_chunk(p: Plan, q, spread, stored, parts) -> None:
-    """Sums of the weighted products of every eighth head: parts [Q, tile, 8, 128] of a chunk's keys [1024, d]."""
-    tiles = p.keys // LANES
+def _score_chunk(p: Plan, chunk, counts, q, spread, stored, scores) -> None:
+    """Scores of a chunk of keys [1024, d] as integers in the same order, ``LOWEST`` where a query does not see one."""
+    rows = q[0].reshape(p.queries * p.heads, p.width)
+    keys = stored[...]
+    if p.interpreted:
+        # The CPU under the interpreter lacks some bfloat16 products; in float32 the same products are exact.
+        rows, keys = rows.astype(jnp.float32), keys.astype(jnp.float32)
+    products = lax.dot_general(
+        rows,
+        keys,
+        (((1,), (1,)), ((), ())),
+        precision=dot_precision(rows.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
-    def product(index, _):
-        rows, some = (
-            q[0].reshape(p.queries * p.heads, p.width),
-            stored[pl.ds(pl.multiple_of(index * p.keys, p.keys), p.keys)],
-        )
-        if p.interpreted:
-            # The CPU under the interpreter lacks some bfloat16 products; in float32 the same products are exact.
-            rows, some = rows.astype(jnp.float32), some.astype(jnp.float32)
-        products = lax.dot_general(
-            rows,
-            some,
-            (((1,), (1,)), ((), ())),
-            precision=dot_precision(rows.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        for query in range(p.queries):
-            for tile in range(tiles):
-                # Heads are added in one order, whatever the number of queries.
-                total = None
-                for row in range(query * p.heads, (query + 1) * p.heads, SUBLANES):
-                    at = slice(row, row + SUBLANES)
-                    term = jnp.maximum(products[at, tile * LANES : (tile + 1) * LANES], 0.0) * spread[at, :]
-                    total = term if total is None else total + term
-                parts[query, index * tiles + tile] = total
+    def weighted(query: int, lane: int) -> jax.Array:
+        """Sums of every eighth head [8, 128]: in one order, whatever the number of queries."""
+        rows = [slice(row, row + SUBLANES) for row in range(query * p.heads, (query + 1) * p.heads, SUBLANES)]
+        terms = [jnp.maximum(products[at, lane : lane + LANES], 0.0) * spread[at, :] for at in rows]
+        return functools.reduce(jnp.add, terms)
 
-    lax.fori_loop(0, CHUNK // p.keys, product, None)
-
-
-def _order_chunk(p: Plan, chunk, counts, parts, scores) -> None:
-    """Scores of a chunk as integers in the same order, ``LOWEST`` where a query does not see the entry."""
-    shape = (SUBLANES, LANES)
-    index = lax.broadcasted_iota(jnp.int32, shape, 0) * LANES + lax.broadcasted_iota(jnp.int32, shape, 1)
+    index = chunk * CHUNK + positions()
     for query in range(p.queries):
-        total = jnp.sum(parts[query], axis=1)
+        total = _summed_rows([weighted(query, lane) for lane in range(0, CHUNK, LANES)])
         # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.
         bits = lax.bitcast_convert_type(jnp.where(total == 0, 0.0, total), jnp.int32)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        scores[query, chunk] = jnp.where(index + chunk * CHUNK < counts[0, 0, query], bits, LOWEST)
+        scores[query, chunk] = jnp.where(index < counts[0, 0, query], bits, LOWEST)
+
+
+def _summed_rows(tiles: list[jax.Array]) -> jax.Array:
+    """The sum over the rows of each of eight tiles [8, 128], as the rows of one: two tiles fold into one, thrice."""
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    by = SUBLANES // 2
+    while by:
+        first = (row & by) == 0
+        pairs = zip(tiles[:by], tiles[by:], strict=True)
+        tiles = [jnp.where(first, a + pltpu.roll(a, SUBLANES - by, 0), b + pltpu.roll(b, by, 0)) for a, b in pairs]
+        by //= 2
+    return tiles[0]

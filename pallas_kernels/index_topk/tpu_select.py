@@ -142,7 +142,7 @@ def search(s: Selection, scores, chunks, kth, last, *_) -> None:
 
     @pl.when(some_tie > 0)
     def resolve_ties():
-        position = _positions()
+        position = positions()
         missing = wanted - counted(lambda query, values, chunk: values > tiles[query])
 
         def next_index_bit(step, index):
@@ -164,7 +164,7 @@ def place(s: Selection, scores, query, chunks, indices, ordered, kth, last, valu
     """Writes indices and values of what ``search`` selected of one query, packed in no particular order; -1, LOWEST."""
     smallest = jnp.broadcast_to(kth[pl.ds(query, 1), :], (SUBLANES, LANES))
     final = jnp.broadcast_to(last[pl.ds(query, 1), :], (SUBLANES, LANES))
-    position = _positions()
+    position = positions()
     tile = (SUBLANES, LANES)
     moves[...] = jnp.full(moves.shape, -1, jnp.int32)
     values[...] = jnp.full(values.shape, LOWEST, jnp.int32)
@@ -239,8 +239,8 @@ def _from_lanes(ref, rows: int, by: int, follows: jax.Array) -> jax.Array:
     return jnp.where(follows, turned, below)
 
 
-def _positions() -> jax.Array:
-    """The place of each value of a chunk in it."""
+def positions() -> jax.Array:
+    """The place of each value of a chunk in it: [8, 128]."""
     shape = (SUBLANES, LANES)
     return lax.broadcasted_iota(jnp.int32, shape, 0) * LANES + lax.broadcasted_iota(jnp.int32, shape, 1)
 

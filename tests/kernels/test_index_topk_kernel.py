@@ -96,7 +96,7 @@ def test_bits_do_not_depend_on_company(random_case):
     np.testing.assert_array_equal(alone, found[1:, 2:3])
     arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
     arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
-    small = tpu.Tiles(queries=2, keys=512, slots=2)
+    small = tpu.Tiles(queries=2, slots=2)
     interpret = pltpu.InterpretParams(num_cores_or_threads=2)
     dealt = tpu.index_topk(**arguments, layer=1, k=512, tiles=small, cores=2, interpret=interpret)
     np.testing.assert_array_equal(dealt, found)
