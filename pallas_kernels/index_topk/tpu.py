@@ -42,7 +42,7 @@ _MIB = 1 << 20
 class Tiles:
     """Block sizes, the numbers that a tuner sweeps; none of them changes a result.
 
-    ``queries`` that share a pass over the keys; ``slots``, chunks of keys in flight.
+    ``queries`` of a step, which share passes over keys and scores; ``slots``, chunks of keys in flight.
     """
 
     queries: int = 16
@@ -51,7 +51,10 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything static about one call: sizes, block sizes; ``heads`` filled up to whole tiles."""
+    """Everything static about one call: sizes, block sizes; ``heads`` filled up to whole tiles.
+
+    A unit of work is a block of ``queries`` of one row of the batch; ``rows`` units make a step.
+    """
 
     batch: int
     length: int
@@ -60,15 +63,26 @@ class Plan:
     dtype: Any
     entries: int
     queries: int
+    rows: int
+    cores: int
     slots: int
     selection: Selection
-    cores: int = 1
     interpreted: bool = False
 
     @property
     def blocks(self) -> int:
         """Blocks of queries per batch row."""
         return -(-self.length // self.queries)
+
+    @property
+    def units(self) -> int:
+        """Units of work."""
+        return self.batch * self.blocks
+
+    @property
+    def steps(self) -> int:
+        """Steps of all cores; the last one may lack units."""
+        return -(-self.units // self.rows)
 
     @property
     def remainder(self) -> int:
@@ -101,7 +115,12 @@ def index_topk(
     filled = -heads % _ROW_TILE
     q = jnp.pad(q, ((0, 0), (0, 0), (0, filled), (0, 0)))
     weights = jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, 0), (0, filled)))
+    if cores is None:
+        chip = None if interpret else current_chip()
+        cores = 1 if chip is None else chip.cores
     queries = min(tiles.queries, length)
+    # Rows of a few queries make a step together, as long as every core has one.
+    rows = max(1, min(tiles.queries // queries, -(-batch // cores))) if queries == length else 1
     plan = Plan(
         batch=batch,
         length=length,
@@ -110,15 +129,14 @@ def index_topk(
         dtype=q.dtype,
         entries=entries,
         queries=queries,
+        rows=rows,
+        cores=cores,
         slots=tiles.slots,
-        selection=Selection.of(queries=queries, entries=entries, k=k, interpreted=bool(interpret)),
+        selection=Selection.of(queries=rows * queries, entries=entries, k=k, interpreted=bool(interpret)),
         interpreted=bool(interpret),
     )
-    steps = batch * plan.blocks
-    if cores is None:
-        chip = None if interpret else current_chip()
-        cores = 1 if chip is None else chip.cores
-    plan = dataclasses.replace(plan, cores=1 if steps % cores else cores)
+    if plan.steps % cores:
+        plan = dataclasses.replace(plan, cores=1)
     indices, scores = _call(plan, q, weights, keys, counts, layer, k, interpret)
     # Descending scores, ties to the lowest index; what was not selected comes last.
     _, indices = lax.sort((~scores, indices), dimension=-1, num_keys=2, is_stable=False)
@@ -140,42 +158,43 @@ def unserved_by(q, keys, k, first_entries, sum_over) -> dict[str, Callable[[Chip
 
 def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.Array, jax.Array]:
     """Indices and ordered scores [B, S, slots], in no particular order; -1 and LOWEST where there is none."""
-    blocks, queries, s = p.blocks, p.queries, p.selection
-    padding = blocks * queries - p.length
+    s = p.selection
+    padding = p.blocks * p.queries - p.length
     counts = jnp.pad(jnp.clip(counts.astype(jnp.int32), 0, p.entries), ((0, 0), (0, padding)))
-    counts = counts.reshape(p.batch * blocks, 1, queries)
-    limits = jnp.max(counts, axis=(1, 2))
-    steps = p.batch * blocks // p.cores
-
-    def item(core, step):
-        flat = core * steps + step
-        return flat // blocks, flat % blocks
+    counts = jnp.pad(counts.reshape(p.units, p.queries), ((0, p.steps * p.rows - p.units), (0, 0)))
+    limits = jnp.max(counts, axis=1)
+    steps = p.steps // p.cores
 
     def rows(*tail):
-        return lambda core, step, layer, limits: (*item(core, step), *tail)
+        def at(core, step, layer, limits):
+            flat = core * steps + step
+            return flat // p.blocks, flat % p.blocks, *tail
+
+        return at
 
     def flat(*tail):
         return lambda core, step, layer, limits: (core * steps + step, *tail)
 
     cost = topk_cost(batch=p.batch, length=p.length, heads=p.heads, width=p.width, entries=p.entries, k=k)
-    shape = jax.ShapeDtypeStruct((p.batch * blocks, queries, s.rows_out, LANES), jnp.int32)
-    out_spec = pl.BlockSpec((1, queries, s.rows_out, LANES), flat(0, 0, 0))
+    shape = jax.ShapeDtypeStruct((p.steps, s.queries, s.rows_out, LANES), jnp.int32)
+    out_spec = pl.BlockSpec((1, s.queries, s.rows_out, LANES), flat(0, 0, 0))
     indices, scores = pl.pallas_call(
-        functools.partial(_kernel, p, steps, item),
+        functools.partial(_kernel, p, steps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(p.cores, steps),
             in_specs=[
-                pl.BlockSpec((1, 1, queries), flat(0, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec((1, queries, p.heads, p.width), rows(0, 0)),
-                pl.BlockSpec((1, queries, p.heads), rows(0)),
+                pl.BlockSpec((1, 1, s.queries), flat(0, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((p.rows, p.queries, p.heads, p.width), rows(0, 0)),
+                pl.BlockSpec((p.rows, p.queries, p.heads), rows(0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[out_spec, out_spec],
             scratch_shapes=[
                 pltpu.VMEM((p.slots, CHUNK, p.width), p.dtype),
                 pltpu.SemaphoreType.DMA((p.slots,)),
-                pltpu.VMEM((queries * p.heads, LANES), jnp.float32),
+                pltpu.SMEM((4,), jnp.int32),
+                pltpu.VMEM((s.queries * p.heads, LANES), jnp.float32),
                 *s.scratch_shapes(),
             ],
         ),
@@ -187,10 +206,18 @@ def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.A
         cost_estimate=pl.CostEstimate(flops=cost.total_operations, bytes_accessed=cost.bytes_moved, transcendentals=0),
         interpret=interpret,
         name="index_topk",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), limits, counts, q, weights, keys)
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        limits,
+        counts.reshape(p.steps, 1, s.queries),
+        q,
+        weights,
+        keys,
+    )
 
     def public(a):
-        return a.reshape(p.batch, blocks * queries, -1)[:, : p.length]
+        a = a.reshape(p.steps * p.rows, p.queries, -1)[: p.units]
+        return a.reshape(p.batch, p.blocks * p.queries, -1)[:, : p.length]
 
     return public(indices), public(scores)
 
@@ -198,24 +225,24 @@ def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.A
 def _fast_memory(p: Plan) -> int:
     """Bytes of scratch, of double-buffered blocks and of a product's values, with room for what the compiler adds."""
     item = jnp.dtype(p.dtype).itemsize
-    rows = p.queries * p.heads
-    scratch = (
-        p.slots * CHUNK * p.width * item + 4 * rows * LANES + 4 * p.queries * 8 * CHUNK + p.selection.scratch_bytes
-    )
-    blocks = 2 * (rows * p.width * item + 8 * p.queries * CHUNK)
-    return scratch + blocks + 4 * rows * CHUNK + 8 * _MIB
+    queries = p.selection.queries
+    scratch = p.slots * CHUNK * p.width * item + 4 * queries * p.heads * LANES + p.selection.scratch_bytes
+    blocks = 2 * queries * (p.heads * p.width * item + 4 * SUBLANES * p.heads + 8 * CHUNK)
+    return scratch + blocks + 4 * p.queries * p.heads * CHUNK + 8 * _MIB
 
 
-def _kernel(p: Plan, steps: int, item, layer_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
-    stored, semaphores, spread, scores, *selecting = scratch
+def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
+    stored, semaphores, progress, spread, scores, *selecting = scratch
     core, step = pl.program_id(0), pl.program_id(1)
+    units = steps * p.rows
 
-    def chunks_of(step):
-        return pl.cdiv(limit_ref[core * steps + step], CHUNK)
+    def chunks_of(unit):
+        """Chunks that a unit of this core reads: one at least, which keeps the order of transfers simple."""
+        return jnp.maximum(pl.cdiv(limit_ref[core * units + unit], CHUNK), 1)
 
-    def transfer(step, chunk, act):
-        """Starts or awaits the transfer of one chunk of a step's keys."""
-        row, slot = item(core, step)[0], lax.rem(chunk, p.slots)
+    def transfer(unit, chunk, slot, act):
+        """Starts or awaits the transfer of one chunk of a unit's keys."""
+        row = jnp.minimum((core * units + unit) // p.blocks, p.batch - 1)
 
         def copy(count):
             return pltpu.make_async_copy(
@@ -237,54 +264,73 @@ def _kernel(p: Plan, steps: int, item, layer_ref, limit_ref, counts, q, weights,
         def _():
             act(copy(p.remainder))
 
-    def begin(step):
-        first = jnp.minimum(chunks_of(step), p.slots)
-        lax.fori_loop(0, first, lambda chunk, _: transfer(step, chunk, lambda copy: copy.start()), None)
+    def following(slot):
+        return jnp.where(slot == p.slots - 1, 0, slot + 1)
+
+    def request(*_):
+        """Starts the next transfer of all that this core will make, if there is one."""
+        unit, chunk, slot = progress[0], progress[1], progress[2]
+
+        @pl.when(unit < units)
+        def _():
+            transfer(unit, chunk, slot, lambda copy: copy.start())
+            last = chunk + 1 == chunks_of(unit)
+            progress[0] = unit + last.astype(jnp.int32)
+            progress[1] = jnp.where(last, 0, chunk + 1)
+            progress[2] = following(slot)
 
     @pl.when(step == 0)
     def _():
-        begin(step)
+        for place_of in range(4):
+            progress[place_of] = 0
+        lax.fori_loop(0, p.slots, request, None)
 
     _spread_weights(p, weights, spread)
-    chunks = chunks_of(step)
 
-    def visit(chunk, _):
-        transfer(step, chunk, lambda copy: copy.wait())
-        _score_chunk(p, chunk, counts, q, spread, stored.at[lax.rem(chunk, p.slots)], scores)
+    def score_unit(unit, most):
+        chunks = chunks_of(step * p.rows + unit)
 
-        @pl.when(chunk + p.slots < chunks)
-        def _():
-            transfer(step, chunk + p.slots, lambda copy: copy.start())
+        def visit(chunk, _):
+            slot = progress[3]
+            transfer(step * p.rows + unit, chunk, slot, lambda copy: copy.wait())
+            _score_chunk(p, unit, chunk, counts, q, spread, stored.at[slot], scores)
+            request()
+            progress[3] = following(slot)
 
-    lax.fori_loop(0, chunks, visit, None)
+        lax.fori_loop(0, chunks, visit, None)
+        return jnp.maximum(most, chunks)
 
-    @pl.when(step + 1 < steps)
-    def _():
-        begin(step + 1)
+    chunks = lax.fori_loop(0, p.rows, score_unit, jnp.int32(0))
 
-    empty_chunks(p.selection, scores, chunks)
+    def fill_up(unit, _):
+        first = chunks_of(step * p.rows + unit)
+        empty_chunks(p.selection, scores, range(p.queries), unit * p.queries, first, chunks)
+
+    lax.fori_loop(0, p.rows, fill_up, None)
     search(p.selection, scores, chunks, *selecting)
 
     def finish(query, _):
         place(p.selection, scores, query, pl.cdiv(counts[0, 0, query], CHUNK), indices, ordered, *selecting)
 
-    lax.fori_loop(0, p.queries, finish, None)
+    lax.fori_loop(0, p.selection.queries, finish, None)
 
 
 def _spread_weights(p: Plan, weights, spread) -> None:
-    """weights [1, Q, H] to [Q * H, 128]: a head's weight on all lanes of its row."""
+    """weights [rows, Q, H] to [rows * Q * H, 128]: a head's weight on all lanes of its row."""
     shape = (p.heads, p.heads)
     diagonal = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
-    for query in range(p.queries):
-        row = jnp.where(diagonal, weights[0, query : query + 1, :], 0.0)
+    for query in range(p.rows * p.queries):
+        unit, own = divmod(query, p.queries)
+        row = jnp.where(diagonal, weights[unit, own : own + 1, :], 0.0)
         column = jnp.sum(row, axis=1, keepdims=True)
         spread[query * p.heads : (query + 1) * p.heads, :] = jnp.broadcast_to(column, (p.heads, LANES))
 
 
-def _score_chunk(p: Plan, chunk, counts, q, spread, stored, scores) -> None:
+def _score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, scores) -> None:
     """Scores of a chunk of keys [1024, d] as integers in the same order, ``LOWEST`` where a query does not see one."""
-    rows = q[0].reshape(p.queries * p.heads, p.width)
+    rows = q[unit].reshape(p.queries * p.heads, p.width)
     keys = stored[...]
+    first = pl.multiple_of(unit * (p.queries * p.heads), p.heads)
     if p.interpreted:
         # The CPU under the interpreter lacks some bfloat16 products; in float32 the same products are exact.
         rows, keys = rows.astype(jnp.float32), keys.astype(jnp.float32)
@@ -298,9 +344,15 @@ def _score_chunk(p: Plan, chunk, counts, q, spread, stored, scores) -> None:
 
     def weighted(query: int, lane: int) -> jax.Array:
         """Sums of every eighth head [8, 128]: in one order, whatever the number of queries."""
-        rows = [slice(row, row + SUBLANES) for row in range(query * p.heads, (query + 1) * p.heads, SUBLANES)]
-        terms = [jnp.maximum(products[at, lane : lane + LANES], 0.0) * spread[at, :] for at in rows]
-        return functools.reduce(jnp.add, terms)
+        heads = range(query * p.heads, (query + 1) * p.heads, SUBLANES)
+        return functools.reduce(
+            jnp.add,
+            (
+                jnp.maximum(products[row : row + SUBLANES, lane : lane + LANES], 0.0)
+                * spread[pl.ds(first + row, SUBLANES), :]
+                for row in heads
+            ),
+        )
 
     index = chunk * CHUNK + positions()
     for query in range(p.queries):
@@ -308,7 +360,8 @@ def _score_chunk(p: Plan, chunk, counts, q, spread, stored, scores) -> None:
         # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.
         bits = lax.bitcast_convert_type(jnp.where(total == 0, 0.0, total), jnp.int32)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        scores[query, chunk] = jnp.where(index < counts[0, 0, query], bits, LOWEST)
+        at = unit * p.queries + query
+        scores[at, chunk] = jnp.where(index < counts[0, 0, at], bits, LOWEST)
 
 
 def _summed_rows(tiles: list[jax.Array]) -> jax.Array:

@@ -80,14 +80,14 @@ class Selection:
         return 4 * LANES * (self.queries * (SUBLANES * self.chunks + 2 * SUBLANES) + 4 * self.rows)
 
 
-def empty_chunks(s: Selection, scores, chunks) -> None:
-    """Fills up the last turn of a loop over ``chunks``."""
+def empty_chunks(s: Selection, scores, queries, offset, first, chunks) -> None:
+    """Fills up queries that have ``first`` chunks to the last turn of a loop over ``chunks``."""
 
     def empty(chunk, _):
-        for query in range(s.queries):
-            scores[query, chunk] = jnp.full((SUBLANES, LANES), LOWEST, jnp.int32)
+        for query in queries:
+            scores[offset + query, chunk] = jnp.full((SUBLANES, LANES), LOWEST, jnp.int32)
 
-    lax.fori_loop(chunks, pl.cdiv(chunks, s.unroll) * s.unroll, empty, None)
+    lax.fori_loop(first, pl.cdiv(chunks, s.unroll) * s.unroll, empty, None)
 
 
 def search(s: Selection, scores, chunks, kth, last, *_) -> None:
