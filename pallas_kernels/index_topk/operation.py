@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.index_topk import index_topk
+from pallas_kernels.index_topk import index_topk, tpu
 from pallas_kernels.index_topk.cost import topk_cost
 from pallas_kernels.index_topk.unserved import unserved
-from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
 from pallas_kernels.targets import Chip
 
@@ -27,7 +27,8 @@ def _case(model: ModelShape, phase: str, rows: int, context: int) -> Case:
     heads, width, entries = model.index_heads, model.index_dim, context // model.csa_ratio
     name = f"{model.name}/{phase}/{rows}x{context_name(context)}"
     sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "entries": entries, "k": model.topk}
-    slots = batch * length * model.topk
+    # Whole rows of 128 of selected entries and their scores, twice while they are put in order.
+    selected = 4 * batch * length * model.topk
     return Case(
         name=name,
         arguments={
@@ -40,8 +41,7 @@ def _case(model: ModelShape, phase: str, rows: int, context: int) -> Case:
         },
         cost=topk_cost(**sizes, causal_ratio=model.csa_ratio, context=context),
         protected=("keys",),
-        # The selected entries and their scores, before and after they are put in order.
-        temporaries_limit=16 * MIB if decode else 4 * 4 * slots + MIB,
+        temporaries_limit=16 * MIB if decode else 4 * selected + MIB,
         representative=name in _CI,
         values=functools.partial(_values, batch, length, context, model.csa_ratio),
         split={"q": 0, "weights": 0, "keys": 1, "counts": 0} if decode else {},
@@ -70,4 +70,12 @@ def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     return unserved(arguments["q"], arguments["keys"], arguments["k"], None, ())
 
 
-OPERATION = Operation("index_topk", index_topk, cases, _unserved)
+_TUNING = {
+    "tpu": Tuning(
+        shape_class=lambda arguments: tpu.shape_class(arguments["q"].shape[1]),
+        candidates=lambda chip, arguments: tpu.CANDIDATES,
+        run=lambda tiles: functools.partial(tpu.index_topk, tiles=tiles),
+    )
+}
+
+OPERATION = Operation("index_topk", index_topk, cases, _unserved, _TUNING)

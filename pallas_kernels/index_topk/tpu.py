@@ -3,7 +3,7 @@
 One step of the grid is a block of queries of one row. Keys stay in HBM and stream through a ring of chunks, as many as
 the block's last visible entry asks for; the first chunks of the next step are requested before this step's selection
 begins. Scores never leave fast memory: they lie there as integers in the same order, a chunk of 1,024 keys in one tile
-per query, and ``tpu_select`` finds the k largest among them. XLA orders the k that come out.
+per query, where ``tpu_search`` and ``tpu_place`` find the k largest. XLA orders the k that come out.
 """
 
 import dataclasses
@@ -20,19 +20,20 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_v4.cache import layer_of
 from deepseek_v4.execution import dot_precision
 from pallas_kernels.index_topk.cost import topk_cost
-from pallas_kernels.index_topk.tpu_select import (
+from pallas_kernels.index_topk.tpu_place import keep, prepare, select
+from pallas_kernels.index_topk.tpu_search import (
     CHUNK,
     LANES,
     LOWEST,
     SUBLANES,
+    Memory,
     Selection,
     empty_chunks,
-    place,
     positions,
-    search,
 )
 from pallas_kernels.index_topk.unserved import unserved
 from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.tuned import tuned
 
 _ROW_TILE = 16
 _MIB = 1 << 20
@@ -47,6 +48,18 @@ class Tiles:
 
     queries: int = 16
     slots: int = 8
+
+
+CANDIDATES = (
+    Tiles(),
+    *(Tiles(queries, slots) for queries in (8, 16, 32) for slots in (4, 8, 16) if (queries, slots) != (16, 8)),
+)
+"""What a tuner may try; too large ones are refused by the compiler."""
+
+
+def shape_class(length: int) -> str:
+    """The class of shapes that share a choice of ``Tiles``."""
+    return "decode" if length <= Tiles.queries else "prefill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +117,9 @@ def index_topk(
 ) -> jax.Array:
     """See ``pallas_kernels.index_topk.index_topk``. ``cores``: TensorCores to deal the steps to, where they divide."""
     q, weights, keys = lax.stop_gradient((q, weights, keys))
-    tiles = tiles or Tiles()
     batch, length, heads, width = q.shape
+    chip = None if interpret else current_chip()
+    tiles = tiles or tuned("index_topk", chip, shape_class(length), Tiles())
     k = min(k, keys.shape[2])
     if keys.dtype != q.dtype or keys.shape[2] % _ROW_TILE:
         # A cache is kept in whole tiles; keys that were made for this call alone are filled up.
@@ -116,7 +130,6 @@ def index_topk(
     q = jnp.pad(q, ((0, 0), (0, 0), (0, filled), (0, 0)))
     weights = jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, 0), (0, filled)))
     if cores is None:
-        chip = None if interpret else current_chip()
         cores = 1 if chip is None else chip.cores
     queries = min(tiles.queries, length)
     # Rows of a few queries make a step together, as long as every core has one.
@@ -232,7 +245,8 @@ def _fast_memory(p: Plan) -> int:
 
 
 def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
-    stored, semaphores, progress, spread, scores, *selecting = scratch
+    stored, semaphores, progress, spread, *rest = scratch
+    memory = Memory(*rest)
     core, step = pl.program_id(0), pl.program_id(1)
     units = steps * p.rows
 
@@ -286,6 +300,7 @@ def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys,
         lax.fori_loop(0, p.slots, request, None)
 
     _spread_weights(p, weights, spread)
+    prepare(p.selection, memory)
 
     def score_unit(unit, most):
         chunks = chunks_of(step * p.rows + unit)
@@ -293,7 +308,7 @@ def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys,
         def visit(chunk, _):
             slot = progress[3]
             transfer(step * p.rows + unit, chunk, slot, lambda copy: copy.wait())
-            _score_chunk(p, unit, chunk, counts, q, spread, stored.at[slot], scores)
+            _score_chunk(p, unit, chunk, counts, q, spread, stored.at[slot], memory)
             request()
             progress[3] = following(slot)
 
@@ -304,15 +319,10 @@ def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys,
 
     def fill_up(unit, _):
         first = chunks_of(step * p.rows + unit)
-        empty_chunks(p.selection, scores, range(p.queries), unit * p.queries, first, chunks)
+        empty_chunks(p.selection, memory.scores, range(p.queries), unit * p.queries, first, chunks)
 
     lax.fori_loop(0, p.rows, fill_up, None)
-    search(p.selection, scores, chunks, *selecting)
-
-    def finish(query, _):
-        place(p.selection, scores, query, pl.cdiv(counts[0, 0, query], CHUNK), indices, ordered, *selecting)
-
-    lax.fori_loop(0, p.selection.queries, finish, None)
+    select(p.selection, memory, chunks, lambda query: pl.cdiv(counts[0, 0, query], CHUNK), indices, ordered)
 
 
 def _spread_weights(p: Plan, weights, spread) -> None:
@@ -326,7 +336,7 @@ def _spread_weights(p: Plan, weights, spread) -> None:
         spread[query * p.heads : (query + 1) * p.heads, :] = jnp.broadcast_to(column, (p.heads, LANES))
 
 
-def _score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, scores) -> None:
+def _score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, memory: Memory) -> None:
     """Scores of a chunk of keys [1024, d] as integers in the same order, ``LOWEST`` where a query does not see one."""
     rows = q[unit].reshape(p.queries * p.heads, p.width)
     keys = stored[...]
@@ -361,7 +371,7 @@ def _score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, scores) -> Non
         bits = lax.bitcast_convert_type(jnp.where(total == 0, 0.0, total), jnp.int32)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         at = unit * p.queries + query
-        scores[at, chunk] = jnp.where(index < counts[0, 0, at], bits, LOWEST)
+        keep(p.selection, memory, at, chunk, jnp.where(index < counts[0, 0, at], bits, LOWEST))
 
 
 def _summed_rows(tiles: list[jax.Array]) -> jax.Array:

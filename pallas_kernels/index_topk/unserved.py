@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from deepseek_v4.cache import KeyRows
-from pallas_kernels.index_topk.tpu_select import CHUNK, LANES, MAX_ENTRIES
+from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, MAX_ENTRIES
 
 
 def unserved(

@@ -61,17 +61,29 @@ def test_exact_and_stable_under_many_ties(batch, length, entries, k):
 
 
 def test_all_that_is_selected_may_lie_in_one_place_of_every_chunk():
-    """The packing's worst case: one lane of one row of 18 chunks, behind and between ties at zero."""
-    entries, stride = 18 * 1024, 1024
+    """The packing's worst case: one lane of one row of 12 chunks, behind and between ties at zero."""
+    entries, stride = 12 * 1024, 1024
     keys = np.zeros((2, 1, entries, WIDTH), np.float32)
-    keys[1, 0, 77::stride, 0] = np.arange(18)[::-1] % 5 + 1
+    keys[1, 0, 77::stride, 0] = np.arange(12)[::-1] % 5 + 1
     keys[1, 0, 300, 0] = -1
     q = np.zeros((1, 1, HEADS, WIDTH), np.float32)
     q[..., 0] = 1
     weights = np.ones((1, 1, HEADS), np.float32)
-    for k in (16, 32):
-        found = _kernel(q, weights, keys, [[entries]], k)
-        np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[entries]]), k))
+    found = _kernel(q, weights, keys, [[entries]], 32)
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[entries]]), 32))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_candidates_of_many_chunks_and_too_many_of_them(tied):
+    """Candidates are picked before they are searched, unless too many tie; float32 holds the integers' sums exactly."""
+    entries, rng = 18 * 1024 - 40, np.random.default_rng(6)
+    q, weights, keys = (rng.integers(-50, 51, shape) for shape in ((1, 3, 3, 8), (1, 3, 3), (2, 1, entries, 8)))
+    if tied:
+        q[0, 1] = 0
+    q, weights, keys = (a.astype(np.float32) for a in (q, weights, keys))
+    counts = np.array([[entries, 17 * 1024 + 5, 700]])
+    found = _kernel(q, weights, keys, counts, 512)
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, 512))
 
 
 @pytest.fixture(scope="module")
