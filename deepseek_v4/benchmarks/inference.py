@@ -6,6 +6,7 @@ costs in front of 1K to 128K tokens of cache (filled with zeros: costs do not de
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -34,8 +35,8 @@ class InferenceBenchmark:
     """What to run on; transformers only on cpu, or on gpu where torch finds one."""
     batches: tuple[int, ...] = (1, 8)
     """Sequences that decode together."""
-    prompt: int = 128
-    """Tokens of their prompts."""
+    prompts: tuple[int, ...] = (128,)
+    """Tokens of their prompts, one measurement for each."""
     prefill: int = 2048
     """Tokens of the prompt that is only read."""
     new_tokens: int = 32
@@ -52,9 +53,10 @@ class InferenceBenchmark:
 
 def run(args: InferenceBenchmark, console: Console) -> int:
     """Measures both sides one after the other and prints them; returns the exit code."""
-    for name in ("prompt", "prefill", "new_tokens", *(["batches"] if not args.batches else [])):
-        if not args.batches or getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    for name in ("batches", "prompts", "prefill", "new_tokens"):
+        value = getattr(args, name)
+        if min(value, default=0) < 1 if isinstance(value, tuple) else value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     found: dict[str, Any] = {"load": os.getloadavg()[0], "processors": os.cpu_count()}
     settings = json.dumps(dataclasses.asdict(args), default=str)
     for side in ("ours", "transformers"):
@@ -83,7 +85,10 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
         ("prefill", f"{args.prefill} tokens", "prefill"),
         ("time to first token", f"{args.prefill} tokens", "first"),
     ]
-    rows += [("decode", f"batch {batch}", f"decode {batch}") for batch in args.batches]
+    rows += [
+        ("decode", f"batch {batch} after {prompt} tokens", f"decode {batch} {prompt}")
+        for batch, prompt in itertools.product(args.batches, args.prompts)
+    ]
     table = Table(
         title=f"float32 on {ours['device']} ({found['processors']} processors, load {found['load']:.1f} at the start)"
     )
@@ -97,21 +102,25 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
             what, shape, f"{ours[key]:.{digits}f} {unit}", "" if other is None else f"{other:.{digits}f} {unit}", ratio
         )
     console.print(table)
-    console.print(
-        f"ours: {ours['chips']} chip, host work {1e6 * ours['host_seconds']:.0f} us per decode step of batch "
-        f"{args.batches[-1]}, {100 * ours['host_share']:.1f} % of it"
-        + (f"; {100 * ours['acceptance']:.0f} % of drafts accepted" if args.drafts else ""),
-        highlight=False,
-    )
-    for batch in args.batches:
+    for batch, prompt in itertools.product(args.batches, args.prompts):
+        key = f"{batch} {prompt}"
+        step, bare = ours[f"step {key}"], ours[f"bare {key}"]
+        console.print(
+            f"batch {batch} after {prompt} tokens: a step takes {1e3 * step:.2f} ms, the device alone {1e3 * bare:.2f}; "
+            f"host overhead {1e6 * (step - bare):.0f} us, {100 * (step / bare - 1):.1f} %, of "
+            f"{1e6 * ours[f'host {key}']:.0f} us of host work",
+            highlight=False,
+        )
         if not args.drafts:
-            least = ours[f"bytes {batch}"] / ours["bandwidth"]
+            least = ours[f"bytes {key}"] / ours["bandwidth"]
             console.print(
-                f"decode, batch {batch}: a step reads up to {ours[f'bytes {batch}'] / 2**20:.2f} MiB, "
-                f"{1e6 * least:.0f} us at the {ours['bandwidth'] / 1e9:.1f} GB/s of a large copy measured here: "
-                f"{100 * least * ours[f'decode {batch}'] / batch:.1f} % of the memory's speed",
+                f"    it reads up to {ours[f'bytes {key}'] / 2**20:.2f} MiB, {1e6 * least:.0f} us at the "
+                f"{ours['bandwidth'] / 1e9:.1f} GB/s of a large copy measured here: "
+                f"{100 * least / step:.1f} % of the memory's speed",
                 highlight=False,
             )
+    if args.drafts:
+        console.print(f"{100 * ours['acceptance']:.0f} % of drafts accepted", highlight=False)
     if args.contexts:
         sweep = Table(title="one sequence: a decoded token in front of a context")
         for column in ("context", "milliseconds", "cache MiB"):
@@ -172,29 +181,43 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
     (prompt,) = _prompts(vocab, 1, args.prefill)
     best = min(_timed(lambda: list(engine.run([Request(tuple(prompt), 1)]))) for _ in range(3))
     figures |= {"prefill": args.prefill / best, "first": best}
-    for batch in args.batches:
-        engine = engine_for(batch, args.prompt, args.prompt)
+    for batch, length in itertools.product(args.batches, args.prompts):
+        engine = engine_for(batch, length, min(length, 2048))
         # The model may end an answer at any time: what is counted is what was decoded.
-        requests = [Request(tuple(p), args.new_tokens) for p in _prompts(vocab, batch, args.prompt)]
-        rates = []
-        for _ in range(3):
-            first: dict[int, float] = {}
-            tokens = 0
-            before = dataclasses.replace(engine.statistics)
-            for update in engine.run(requests):
-                first.setdefault(update.request_id, time.perf_counter())
-                if len(first) == batch:
-                    tokens += len(update.token_ids)
-                    start = max(first.values())
-            rates.append((tokens - 1) / (time.perf_counter() - start))
-            now = engine.statistics
-        figures[f"decode {batch}"] = max(rates)
-        figures[f"bytes {batch}"] = decode_bytes(model, batch, args.prompt)
-        figures["host_seconds"] = (now.host_seconds - before.host_seconds) / (now.steps - before.steps)
-        figures["host_share"] = (now.host_seconds - before.host_seconds) / (now.seconds - before.seconds)
-        figures["acceptance"] = now.acceptance
+        requests = [Request(tuple(p), args.new_tokens) for p in _prompts(vocab, batch, length)]
+        found = [_decoding(engine, requests) for _ in range(3)]
+        key = f"{batch} {length}"
+        figures[f"decode {key}"] = max(rate for rate, _, _ in found)
+        figures[f"step {key}"] = min(step for _, step, _ in found)
+        figures[f"host {key}"] = min(host for _, _, host in found)
+        figures[f"bare {key}"] = min(engine.decode_alone(args.new_tokens) for _ in range(3))
+        figures[f"bytes {key}"] = decode_bytes(model, batch, length)
+        figures["acceptance"] = engine.statistics.acceptance
     figures["sweep"] = [_at_context(model, params, context) for context in args.contexts]
     return figures
+
+
+def _decoding(engine, requests) -> tuple[float, float, float]:
+    """Of the decoding of requests together, after all their prompts: tokens per second, seconds and host seconds a step.
+
+    A step counts as long as every request is running.
+    """
+    for request in requests:
+        engine.submit(request)
+    first: dict[int, float] = {}
+    while len(first) < len(requests):
+        first |= {update.request_id: 0.0 for update in engine.step()}
+    before, begin = dataclasses.replace(engine.statistics), time.perf_counter()
+    tokens, rate, step, host = 0, 0.0, 0.0, 0.0
+    while not engine.idle:
+        updates = engine.step()
+        tokens += sum(len(update.token_ids) for update in updates)
+        now, seconds = engine.statistics, time.perf_counter() - begin
+        rate = tokens / seconds
+        if not any(update.finish_reason for update in updates):
+            steps = now.steps - before.steps
+            step, host = seconds / steps, (now.host_seconds - before.host_seconds) / steps
+    return rate, step, host
 
 
 def decode_bytes(model, batch: int, context: int) -> int:
@@ -256,17 +279,17 @@ def _transformers(args: InferenceBenchmark) -> dict[str, Any]:
         ids = torch.tensor(_prompts(vocab, 1, args.prefill), device=where)
         best = min(_timed(lambda: (model(ids, use_cache=True, logits_to_keep=1), synchronised())) for _ in range(3))
         figures |= {"prefill": args.prefill / best, "first": best}
-        for batch in args.batches:
-            ids = torch.tensor(_prompts(vocab, batch, args.prompt), device=where)
+        for batch, length in itertools.product(args.batches, args.prompts):
+            ids = torch.tensor(_prompts(vocab, batch, length), device=where)
             rates = []
-            for _ in range(2):
+            for _ in range(2 if length <= 512 else 1):
                 out = model(ids, use_cache=True, logits_to_keep=1)
                 begin = synchronised()
                 for _ in range(args.new_tokens - 1):
                     token = out.logits[:, -1].argmax(-1, keepdim=True)
                     out = model(token, past_key_values=out.past_key_values, use_cache=True)
                 rates.append(batch * (args.new_tokens - 1) / (synchronised() - begin))
-            figures[f"decode {batch}"] = max(rates)
+            figures[f"decode {batch} {length}"] = max(rates)
     return figures
 
 

@@ -258,6 +258,21 @@ class Engine:
         self.statistics.compile_seconds += seconds
         return seconds
 
+    def decode_alone(self, count: int) -> float:
+        """Seconds of one decode step on the device: ``count`` of the first pool's, awaited together, nothing read.
+
+        What a step takes beyond that is the host's doing. For measurements: raises ``ValueError`` unless idle.
+        """
+        if not self.idle:
+            raise ValueError("decode_alone: requests are running")
+        self.compile()
+        pool = self._pools[0]
+        begin = time.perf_counter()
+        for _ in range(count):
+            pool.slots, news = self._programs.decode(self.params, pool.slots)
+        jax.block_until_ready(news)
+        return (time.perf_counter() - begin) / count
+
     def step(self) -> list[Update]:
         """Dispatches the next work to the device and returns what the step before has produced."""
         begin, worked = time.perf_counter(), time.thread_time()

@@ -65,8 +65,8 @@ class ExpertLinear(NamedTuple):
         at = self.first + expert
         weight = from_bytes(self.weight[at], self.types[0])
         scale = None if self.scale is None else from_bytes(self.scale[at], self.types[1])
-        adapter = None if self.adapter is None else tuple(a[expert].astype(dtype) for a in self.adapter)
-        if weight.dtype == jnp.uint8:
+        adapter = self.adapter and (self.adapter[0][expert].astype(dtype), self.adapter[1][expert].astype(dtype))
+        if scale is not None and weight.dtype == jnp.uint8:
             return Matrix(dequantize_fp4_planes(weight, scale, dtype), 2, adapter)
         return Matrix(dequantize(weight, scale, dtype), 1, adapter)
 
