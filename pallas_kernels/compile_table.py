@@ -46,7 +46,7 @@ class Report:
         found = []
         if self.error is not None:
             found.append(self.error)
-        limit = self.case.temporaries_limit
+        limit = self.case.limit_on(self.target)
         if limit is not None and self.temporaries is not None and self.temporaries > limit:
             found.append(f"temporaries of {self.temporaries:,} bytes exceed the limit of {limit:,}")
         if self.copies:

@@ -19,6 +19,7 @@ kernel does not serve them, or None. A ``Case`` is a shape that the project must
         cost=Cost(bytes_read=..., bytes_written=..., operations={"bfloat16": ...}),
         protected=("entries",),                     # arguments that must not be copied or relaid out
         temporaries_limit=16 * MIB,                 # HBM temporaries allowed, or None
+        gpu_temporaries_limit=None,                 # the same on GPUs, where it differs
         representative=True,                        # compiled in CI; the others by hand and in slow tests
         split={"q": 0, "entries": 1},               # rows may be dealt to several chips along these axes
         values=lambda rng: {"counts": ...},         # what integer arguments hold when the case is measured (else 0)
@@ -96,9 +97,16 @@ class Case:
     cost: Cost
     protected: tuple[str, ...] = ()
     temporaries_limit: int | None = None
+    gpu_temporaries_limit: int | None = None
     representative: bool = False
     split: Mapping[str, int] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     values: Callable[[np.random.Generator], Mapping[str, np.ndarray]] = lambda rng: {}
+
+    def limit_on(self, chip: Chip) -> int | None:
+        """Bytes of HBM temporaries allowed on ``chip``: GPU kernels may need more, having less fast memory."""
+        if chip.platform == "cuda" and self.gpu_temporaries_limit is not None:
+            return self.gpu_temporaries_limit
+        return self.temporaries_limit
 
     def traced(self) -> dict[str, Any]:
         """The arguments that are arrays."""

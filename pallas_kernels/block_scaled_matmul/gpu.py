@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.formats import FP8_BLOCK, decode_scale
+from pallas_kernels import gpu_decode
 from pallas_kernels.block_scaled_matmul.blocks import Blocks, blocks_for
 from pallas_kernels.targets import current_chip
 
@@ -34,6 +35,7 @@ def block_scaled_matmul(x, weight, scale, *, groups, layer, blocks: Blocks | Non
     blocks = blocks or blocks_for(None if interpret else current_chip(), rows)
     row_tile = min(blocks.rows, max(_FEWEST_ROWS, pl.next_power_of_2(rows)))
     scale = decode_scale(lax.dynamic_index_in_dim(scale, layer, keepdims=False))
+    weight = gpu_decode.as_words(weight)
     # Tiles of rows that share a tile of the weight are neighbours in time: all but the first find it in the L2 cache.
     grid = (pl.cdiv(rows, row_tile), outputs // blocks.outputs)
     whole = [
@@ -41,7 +43,7 @@ def block_scaled_matmul(x, weight, scale, *, groups, layer, blocks: Blocks | Non
         for a in (layer.reshape(1), scale, jax.ShapeDtypeStruct((rows, groups, inputs), x.dtype), weight)
     ]
     out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, tile=row_tile, outputs=blocks.outputs, groups=groups, exact=interpret),
+        functools.partial(_kernel, rows=rows, tile=row_tile, outputs=blocks.outputs, exact=interpret),
         grid=grid,
         in_specs=whole,
         out_specs=pl.BlockSpec((rows, outputs), lambda i, j: (0, 0)),
@@ -53,8 +55,8 @@ def block_scaled_matmul(x, weight, scale, *, groups, layer, blocks: Blocks | Non
     return out.reshape(*leading, outputs) if groups == 1 else out.reshape(*leading, groups, outputs // groups)
 
 
-def _kernel(layer_ref, scale_ref, x_ref, weight_ref, out_ref, *, rows, tile, outputs, groups, exact):
-    total, inputs = weight_ref.shape[1:]
+def _kernel(layer_ref, scale_ref, x_ref, weight_ref, out_ref, *, rows, tile, outputs, exact):
+    total, (groups, inputs) = weight_ref.shape[1], x_ref.shape[1:]
     row = pl.program_id(0) * tile + jnp.arange(tile, dtype=jnp.int32)
     first = pl.program_id(1) * outputs
     output = first + jnp.arange(outputs, dtype=jnp.int32)
@@ -63,12 +65,14 @@ def _kernel(layer_ref, scale_ref, x_ref, weight_ref, out_ref, *, rows, tile, out
     source = jnp.where(present, row, 0)
     layer = layer_ref[0]
     place = jnp.arange(FP8_BLOCK, dtype=jnp.int32)
+    word = jnp.arange(FP8_BLOCK // gpu_decode.WORD, dtype=jnp.int32)
     # What the CPU under the interpreter lacks some products of; in float32 the same products are exact.
     dtype = jnp.float32 if exact else x_ref.dtype
 
     def step(k, acc):
         column = (k * FP8_BLOCK + place)[None, :]
-        codes = weight_ref[layer, output[:, None], column].astype(dtype)
+        words = weight_ref[layer, output[:, None], (k * word.size + word)[None, :]]
+        codes = gpu_decode.e4m3_tile(words, dtype)
         mask = jnp.broadcast_to(present[:, None], (tile, FP8_BLOCK))
         x = plgpu.load(x_ref.at[source[:, None], group, column], mask=mask, other=jnp.zeros((), x_ref.dtype))
         product = lax.dot_general(codes, x.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,18 +1,22 @@
 """Expert MLPs over tokens that were routed to them, weights in their stored format (architecture section 6)."""
 
 import functools
+from types import ModuleType
 
 import jax
 
-from pallas_kernels.grouped_matmul import tpu, xla
+from pallas_kernels.grouped_matmul import gpu, tpu, xla
 from pallas_kernels.grouped_matmul.gradient import Gather, with_gradient
 from pallas_kernels.grouped_matmul.xla import Adapter
 from pallas_kernels.implementation import choose
+from pallas_kernels.targets import Chip
 
 _IMPLEMENTATIONS = {
     "xla": with_gradient(xla.expert_mlp, xla.expert_mlp_saving),
     "tpu": with_gradient(tpu.expert_mlp),
     "tpu_interpret": with_gradient(functools.partial(tpu.expert_mlp, interpret=True)),
+    "gpu": with_gradient(gpu.expert_mlp),
+    "gpu_interpret": with_gradient(functools.partial(gpu.expert_mlp, interpret=True)),
 }
 
 
@@ -49,9 +53,16 @@ def expert_mlp(
     whole = (w1, w2, w3)
     if gather is not None:
         whole, _ = jax.eval_shape(gather.gather, whole, adapters, layer)
-    reason = functools.partial(tpu.unserved, x=x, w1=whole[0], w2=whole[1], adapted=adapters is not None)
-    unserved = {"tpu": reason, "tpu_interpret": reason}
-    function = choose("expert_mlp", _IMPLEMENTATIONS, implementation, unserved)
+    adapted = adapters is not None
+
+    def unserved(chip: Chip | None, module: ModuleType) -> str | None:
+        return module.unserved(chip, x, whole[0], whole[1], adapted=adapted)
+
+    reasons = {
+        name: functools.partial(unserved, module=tpu if name.startswith("tpu") else gpu)
+        for name in set(_IMPLEMENTATIONS) - {"xla"}
+    }
+    function = choose("expert_mlp", _IMPLEMENTATIONS, implementation, reasons)
     return function(
         x,
         expert_ids,

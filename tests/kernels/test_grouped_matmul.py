@@ -17,7 +17,7 @@ from pallas_kernels.grouped_matmul import cost, expert_mlp, operation, tpu
 from pallas_kernels.grouped_matmul import xla as grouped_xla
 from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 
-IMPLEMENTATIONS = ("xla", "tpu_interpret")
+IMPLEMENTATIONS = ("xla", "tpu_interpret", "gpu_interpret")
 KINDS = ("fp4", "fp8", "bf16")
 HIDDEN, WIDTH, EXPERTS, TOKENS, CHOICES, LIMIT = 512, 256, 4, 6, 3, 10.0
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
