@@ -9,7 +9,11 @@ import jax
 from pallas_kernels.implementation import choose
 from pallas_kernels.index_topk import merge, tpu, xla
 
-_IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla.index_topk, "tpu": tpu.index_topk, "tpu_interpret": tpu.interpreted}
+_IMPLEMENTATIONS: dict[str, Callable] = {
+    "xla": xla.index_topk,
+    "tpu": functools.partial(merge.kernel_topk, tpu.ranked_topk),
+    "tpu_interpret": functools.partial(merge.kernel_topk, tpu.interpreted),
+}
 
 _SPLIT = _IMPLEMENTATIONS | {"xla": functools.partial(merge.split_topk, xla.ranked_topk)}
 
@@ -34,22 +38,21 @@ def index_topk(
     (and s >= ``first_entries`` [B, S], where rows hold several documents). Returns int32 [B, S, min(k, T)]: the
     selected entries, in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores
     are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over``
-    names the mesh axes that split the heads, whose partial scores are added before anything is compared (inside
-    ``shard_map``). ``keys_over`` names those that split the keys: ``keys`` are then this device's range of them, the
-    others' follow in the order of the mesh; counts and what is returned number them all, and the result is that of
-    unsplit keys. No kernel serves ``first_entries``, ``sum_over``, ``keys_over`` or ``KeyRows``. There is no gradient.
+    names the mesh axes that split the heads, whose partial scores the twin adds before anything is compared, and whose
+    queries a kernel brings together (inside ``shard_map``). ``keys_over`` names those that split the keys: ``keys`` are
+    then this device's range of them, the others' follow in the order of the mesh; counts and what is returned number
+    them all, and the result is that of unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``. There is no
+    gradient.
     Source: paper eq. 13-17.
     """
-    implementations = _IMPLEMENTATIONS
-    unserved = tpu.unserved_by(q, keys, k, first_entries, sum_over)
-    only_twin: dict[str, Any] = {"first_entries": first_entries, "sum_over": sum_over}
+    implementations = _SPLIT if keys_over else _IMPLEMENTATIONS
+    function = choose("index_topk", implementations, implementation, tpu.unserved_by(q, keys, k, first_entries))
+    split: dict[str, Any] = {"sum_over": sum_over}
     if keys_over:
-        implementations = _SPLIT
-        unserved = dict.fromkeys(unserved, lambda chip: "keys that are split over devices")
-        only_twin["keys_over"] = keys_over
-    function = choose("index_topk", implementations, implementation, unserved)
-    only_twin = only_twin if function is implementations["xla"] else {}
-    return function(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **only_twin)
+        split["keys_over"] = keys_over
+    if function is implementations["xla"]:
+        split["first_entries"] = first_entries
+    return function(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **split)
 
 
 def index_scores(

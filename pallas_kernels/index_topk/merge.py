@@ -1,23 +1,57 @@
-"""Top-k over keys that are split over devices: each ranks its own, and every device merges the same lists."""
+"""Top-k where heads or keys are split over devices, from a function that ranks the keys of one device.
 
+Keys: each device ranks its own, and every device merges the same lists. Heads: a kernel compares scores where they are
+made, so they must be whole; queries are small, so every device gets all heads and does its share of the queries.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def split_topk(ranked, *, q, weights, keys, counts, first_entries, layer, k, sum_over, keys_over):
+def kernel_topk(ranked: Callable, *, sum_over: tuple[str, ...] = (), keys_over: tuple[str, ...] = (), **arguments):
+    """``index_topk`` by a kernel ``ranked``, which gives (scores, indices) and neither splits heads nor keys."""
+    if sum_over:
+        ranked = functools.partial(whole_heads, ranked)
+    if keys_over:
+        return split_topk(ranked, sum_over=sum_over, keys_over=keys_over, **arguments)
+    return ranked(**arguments, **({"sum_over": sum_over} if sum_over else {}))[1]
+
+
+def whole_heads(ranked: Callable, *, q, weights, keys, counts, layer, k, sum_over, **rest):
+    """(scores, indices) of queries whose heads are split over ``sum_over``, the same on every device.
+
+    Queries [B, S] are shared along S, else along B where ``ranked`` begins with row ``first_row`` of the keys; if
+    neither divides, every device does all of them.
+    """
+    q, weights = (lax.all_gather(a, sum_over, axis=2, tiled=True) for a in (q, weights))
+    devices, device = lax.axis_size(sum_over), lax.axis_index(sum_over)
+    axis = next((axis for axis in (1, 0) if q.shape[axis] % devices == 0), None)
+    if axis is None:
+        return ranked(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
+    share = q.shape[axis] // devices
+
+    def own(a: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(a, device * share, share, axis)
+
+    if axis == 0:
+        rest["first_row"] = device * share
+    found = ranked(q=own(q), weights=own(weights), keys=keys, counts=own(counts), layer=layer, k=k, **rest)
+    return jax.tree.map(lambda a: lax.all_gather(a, sum_over, axis=axis, tiled=True), found)
+
+
+def split_topk(ranked, *, q, weights, keys, counts, layer, k, sum_over, keys_over, first_entries=None):
     """See ``pallas_kernels.index_topk.index_topk``; ``ranked`` gives (scores, indices) of this device's keys."""
     rows = keys.shape[2]
     first = lax.axis_index(keys_over) * rows
-    scores, indices = ranked(
-        q,
-        weights,
-        keys,
-        jnp.clip(counts - first, 0, rows),
-        first_entries=None if first_entries is None else first_entries - first,
-        layer=layer,
-        k=k,
-        sum_over=sum_over,
-    )
+    rest = {} if first_entries is None else {"first_entries": first_entries - first}
+    if sum_over:
+        rest["sum_over"] = sum_over
+    counts = jnp.clip(counts - first, 0, rows)
+    scores, indices = ranked(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
     indices = jnp.where(indices >= 0, indices + first, -1)
     # One exchange: scores travel as the integers that their bits are.
     lists = jnp.stack([lax.bitcast_convert_type(scores, jnp.int32), indices])

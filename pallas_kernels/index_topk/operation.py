@@ -67,14 +67,14 @@ def cases() -> tuple[Case, ...]:
 def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     if chip.platform == "cuda":
         return "there is no kernel for GPUs yet"
-    return unserved(arguments["q"], arguments["keys"], arguments["k"], None, ())
+    return unserved(arguments["q"], arguments["keys"], arguments["k"], None)
 
 
 _TUNING = {
     "tpu": Tuning(
         shape_class=lambda arguments: tpu.shape_class(arguments["q"].shape[1]),
         candidates=lambda chip, arguments: tpu.CANDIDATES,
-        run=lambda tiles: functools.partial(tpu.index_topk, tiles=tiles),
+        run=lambda tiles: lambda **arguments: tpu.ranked_topk(**arguments, tiles=tiles)[1],
     )
 }
 

@@ -103,7 +103,7 @@ class Plan:
         return self.entries % CHUNK
 
 
-def index_topk(
+def ranked_topk(
     *,
     q: jax.Array,
     weights: jax.Array,
@@ -111,11 +111,16 @@ def index_topk(
     counts: jax.Array,
     layer: jax.Array | int,
     k: int,
+    first_row: jax.Array | int = 0,
     tiles: Tiles | None = None,
     cores: int | None = None,
     interpret: Any = False,
-) -> jax.Array:
-    """See ``pallas_kernels.index_topk.index_topk``. ``cores``: TensorCores to deal the steps to, where they divide."""
+) -> tuple[jax.Array, jax.Array]:
+    """What ``pallas_kernels.index_topk.index_topk`` selects with its scores: (float32 [B, S, K], int32 [B, S, K]).
+
+    ``first_row`` is the row of the keys that belongs to the first of the B rows. ``cores`` are TensorCores to deal the
+    steps to, where they divide.
+    """
     q, weights, keys = lax.stop_gradient((q, weights, keys))
     batch, length, heads, width = q.shape
     chip = None if interpret else current_chip()
@@ -150,26 +155,28 @@ def index_topk(
     )
     if plan.steps % cores:
         plan = dataclasses.replace(plan, cores=1)
-    indices, scores = _call(plan, q, weights, keys, counts, layer, k, interpret)
+    indices, ordered = _call(plan, q, weights, keys, counts, layer, first_row, k, interpret)
     # Descending scores, ties to the lowest index; what was not selected comes last.
-    _, indices = lax.sort((~scores, indices), dimension=-1, num_keys=2, is_stable=False)
-    return indices[..., :k]
+    falling, indices = lax.sort((~ordered, indices), dimension=-1, num_keys=2, is_stable=False)
+    falling, indices = falling[..., :k], indices[..., :k]
+    scores = lax.bitcast_convert_type(_mirrored(~falling), jnp.float32)
+    return jnp.where(indices >= 0, scores, -jnp.inf), indices
 
 
-def interpreted(**arguments: Any) -> jax.Array:
+def interpreted(**arguments: Any) -> tuple[jax.Array, jax.Array]:
     """The kernel in Pallas' TPU interpreter, whose memory starts as NaN and whose transfers happen when awaited."""
-    return index_topk(**arguments, interpret=pltpu.InterpretParams())
+    return ranked_topk(**arguments, interpret=pltpu.InterpretParams())
 
 
-def unserved_by(q, keys, k, first_entries, sum_over) -> dict[str, Callable[[Chip | None], str | None]]:
+def unserved_by(q, keys, k, first_entries) -> dict[str, Callable[[Chip | None], str | None]]:
     """The rule in the form that ``choose`` takes."""
     return {
-        "tpu": lambda chip: unserved(q, keys, k, first_entries, sum_over),
-        "tpu_interpret": lambda chip: unserved(q, keys, k, first_entries, sum_over, compiled=False),
+        "tpu": lambda chip: unserved(q, keys, k, first_entries),
+        "tpu_interpret": lambda chip: unserved(q, keys, k, first_entries, compiled=False),
     }
 
 
-def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.Array, jax.Array]:
+def _call(p: Plan, q, weights, keys, counts, layer, first_row, k, interpret) -> tuple[jax.Array, jax.Array]:
     """Indices and ordered scores [B, S, slots], in no particular order; -1 and LOWEST where there is none."""
     s = p.selection
     padding = p.blocks * p.queries - p.length
@@ -179,14 +186,14 @@ def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.A
     steps = p.steps // p.cores
 
     def rows(*tail):
-        def at(core, step, layer, limits):
+        def at(core, step, start, limits):
             flat = core * steps + step
             return flat // p.blocks, flat % p.blocks, *tail
 
         return at
 
     def flat(*tail):
-        return lambda core, step, layer, limits: (core * steps + step, *tail)
+        return lambda core, step, start, limits: (core * steps + step, *tail)
 
     cost = topk_cost(batch=p.batch, length=p.length, heads=p.heads, width=p.width, entries=p.entries, k=k)
     shape = jax.ShapeDtypeStruct((p.steps, s.queries, s.rows_out, LANES), jnp.int32)
@@ -220,7 +227,7 @@ def _call(p: Plan, q, weights, keys, counts, layer, k, interpret) -> tuple[jax.A
         interpret=interpret,
         name="index_topk",
     )(
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first_row, jnp.int32)]),
         limits,
         counts.reshape(p.steps, 1, s.queries),
         q,
@@ -244,7 +251,7 @@ def _fast_memory(p: Plan) -> int:
     return scratch + blocks + 4 * p.queries * p.heads * CHUNK + 8 * _MIB
 
 
-def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
+def _kernel(p: Plan, steps: int, start_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
     stored, semaphores, progress, spread, *rest = scratch
     memory = Memory(*rest)
     core, step = pl.program_id(0), pl.program_id(1)
@@ -260,7 +267,7 @@ def _kernel(p: Plan, steps: int, layer_ref, limit_ref, counts, q, weights, keys,
 
         def copy(count):
             return pltpu.make_async_copy(
-                keys.at[layer_ref[0], row, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), count)],
+                keys.at[start_ref[0], start_ref[1] + row, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), count)],
                 stored.at[slot, pl.ds(0, count)],
                 semaphores.at[slot],
             )
@@ -369,9 +376,14 @@ def _score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, memory: Memory
         total = _summed_rows([weighted(query, lane) for lane in range(0, CHUNK, LANES)])
         # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.
         bits = lax.bitcast_convert_type(jnp.where(total == 0, 0.0, total), jnp.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        bits = _mirrored(bits)
         at = unit * p.queries + query
         keep(p.selection, memory, at, chunk, jnp.where(index < counts[0, 0, at], bits, LOWEST))
+
+
+def _mirrored(bits: jax.Array) -> jax.Array:
+    """Bits of float32 numbers as integers in the numbers' order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _summed_rows(tiles: list[jax.Array]) -> jax.Array:

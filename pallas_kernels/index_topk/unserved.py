@@ -8,14 +8,10 @@ from deepseek_v4.cache import KeyRows
 from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, MAX_ENTRIES
 
 
-def unserved(
-    q: Any, keys: Any, k: int, first_entries: Any, sum_over: tuple[str, ...], *, compiled: bool = True
-) -> str | None:
+def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = True) -> str | None:
     """Why the kernel cannot serve q [B, S, Hi, di] with keys [n, B, T, di], or None. ``compiled``: not interpreted."""
     if first_entries is not None:
         return "rows of several documents"
-    if sum_over:
-        return "heads are split: scores must be added before anything is compared"
     if isinstance(keys, KeyRows):
         return "keys in the published layout"
     if q.dtype not in (jnp.bfloat16, jnp.float32):

@@ -17,7 +17,7 @@ def index_topk(q, weights, keys, counts, *, first_entries, layer, k, sum_over):
     return ranked[1]
 
 
-def ranked_topk(q, weights, keys, counts, *, first_entries, layer, k, sum_over):
+def ranked_topk(q, weights, keys, counts, *, layer, k, first_entries=None, sum_over=()):
     """What ``index_topk`` selects with its scores: (float32 [B, S, K] in descending order, int32 [B, S, K])."""
 
     def function(*arguments):

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+from small_models import compiled
 
 from deepseek_v4.cache import KeyRows
-from pallas_kernels.index_topk import index_topk, tpu
+from pallas_kernels.index_topk import index_topk, merge, tpu, xla
 from pallas_kernels.registry import operations
 
 HEADS, WIDTH = 3, 8
@@ -104,14 +106,19 @@ def test_random_scores_are_selected_as_float64_would(random_case):
 def test_bits_do_not_depend_on_company(random_case):
     """One query alone, chunks of queries, other blocks and two cores select what all of them together do."""
     q, weights, keys, counts, found = random_case
-    alone = _kernel(q[1:, 2:3], weights[1:, 2:3], keys[:, 1:], counts[1:, 2:3], 512)
-    np.testing.assert_array_equal(alone, found[1:, 2:3])
     arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
     arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
+    one = {name: a if name == "keys" else a[1:, 2:3] for name, a in arguments.items()}
+    interpret = pltpu.InterpretParams(num_cores_or_threads=1)
+    _, alone = tpu.ranked_topk(**one, layer=1, k=512, first_row=jnp.int32(1), interpret=interpret)
+    np.testing.assert_array_equal(alone, found[1:, 2:3])
     small = tpu.Tiles(queries=2, slots=2)
     interpret = pltpu.InterpretParams(num_cores_or_threads=2)
-    dealt = tpu.index_topk(**arguments, layer=1, k=512, tiles=small, cores=2, interpret=interpret)
+    scores, dealt = tpu.ranked_topk(**arguments, layer=1, k=512, tiles=small, cores=2, interpret=interpret)
     np.testing.assert_array_equal(dealt, found)
+    expected = np.take_along_axis(_scores(q, weights, keys), np.maximum(found, 0), axis=-1)
+    # float32 sums of 24 products of order one.
+    np.testing.assert_allclose(scores, np.where(found >= 0, expected, -np.inf), rtol=0, atol=2e-5)
 
 
 def test_bfloat16_keys_select_as_float64_would():
@@ -123,6 +130,31 @@ def test_bfloat16_keys_select_as_float64_would():
     np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[1500]]), 100))
 
 
+@pytest.mark.parametrize(("batch", "length"), [(1, 8), (4, 3), (3, 1)])  # queries, rows, or nothing is shared out
+@pytest.mark.parametrize("keys_over", [(), ("context",)])
+def test_split_heads_are_brought_together(batch, length, keys_over):
+    """On simulated devices with the twin in the kernel's place: what whole heads and whole keys give, bit for bit."""
+    rng = np.random.default_rng(batch)
+    q, weights, keys = _arrays(rng, batch, length, 48, integers=True)
+    q, weights = (np.concatenate([a, a[:, :, :1]], axis=2) for a in (q, weights))
+    counts = rng.integers(0, 49, (batch, length))
+
+    def ranked(*, q, keys, first_row=0, **rest):
+        rows = jax.lax.dynamic_slice_in_dim(keys, first_row, q.shape[0], axis=1)
+        return xla.ranked_topk(q=q, keys=rows, **rest)
+
+    def call(q, weights, keys, counts):
+        arguments = {"q": q, "weights": weights, "keys": keys, "counts": counts, "layer": 1, "k": 7}
+        return merge.kernel_topk(ranked, **arguments, sum_over=("outer", "inner"), keys_over=keys_over)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("outer", "inner", "context"))
+    heads = P(None, None, ("outer", "inner"))
+    specs = (heads, heads, P(None, None, *keys_over), P())
+    split = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    found = compiled(split)(*(jnp.asarray(a) for a in (q, weights, keys, counts)))
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, 7))
+
+
 def test_what_no_kernel_serves_is_refused_by_name_and_left_to_the_twin():
     q, weights, counts = jnp.zeros((1, 1, 2, 64)), jnp.zeros((1, 1, 2)), jnp.ones((1, 1), jnp.int32)
     keys = jnp.zeros((1, 1, 40, 64))
@@ -130,7 +162,6 @@ def test_what_no_kernel_serves_is_refused_by_name_and_left_to_the_twin():
     many = jax.ShapeDtypeStruct((1, 1, 1 << 19, 64), jnp.float32)
     for keys_of_call, rest, reason in (
         (keys, {"first_entries": counts}, "several documents"),
-        (keys, {"sum_over": ("tensor",)}, "heads are split"),
         (published, {}, "published layout"),
         (many, {}, "524288 keys, at most 262144"),
     ):
