@@ -53,16 +53,22 @@ def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, work
     assert compiled["aliased"] >= planned["arguments"]["cache"]
     assert compiled["temporaries"] < limit * 2**30, compiled
 
-    # Partial sums are all that chips exchange, a few per layer: no expert, no cache entry, no weight travels.
+    # Partial sums, index queries and what they select are all that chips exchange, a few times per layer: no expert, no
+    # cache entry, no index score, no weight travels.
     found = {collective["kind"]: collective for collective in compiled["collectives"]}
-    assert set(found) == {"all-reduce"}
+    sums = found.pop("all-reduce")
+    assert set(found) <= {"all-gather", "all-to-all"}
     config = Config.from_file(_ROOT / "configs" / model)
     if workload == "decode":
         specs = (*layer_specs(config), *draft_specs(config))
-        # Attention, shared expert and routed experts of every layer, index scores, the embedding's rows.
-        sums = 3 * len(specs) + sum(spec.indexer for spec in specs) + 1
-        assert 0.9 * sums <= found["all-reduce"]["times"] <= sums
+        # Attention, shared expert and routed experts of every layer, the embedding's rows.
+        expected = 3 * len(specs) + 1
+        assert 0.9 * expected <= sums["times"] <= expected
         rows = batch // planned["mesh"]["data"]
-        widest = max(4 * config.hidden_size, context)  # float32 rows of d, or scores of context / 4 entries
-        assert found["all-reduce"]["largest"] <= 2 * rows * widest
-    assert found["all-reduce"]["largest"] <= 64 * _MIB
+        assert sums["largest"] <= 2 * rows * 4 * config.hidden_size  # float32 rows of d
+        # Heads of 128 bfloat16 and a float32 weight, or selected indices.
+        queries = config.index_n_heads * (2 * config.index_head_dim + 4)
+        for moved in found.values():
+            assert moved["times"] <= sum(spec.indexer for spec in specs)
+            assert moved["largest"] <= rows * max(queries, 4 * config.index_topk)
+    assert max(moved["largest"] for moved in (sums, *found.values())) <= 64 * _MIB

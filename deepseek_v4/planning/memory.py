@@ -130,10 +130,13 @@ def _inference_working(setting: Setting) -> dict[str, int]:
 
 
 def _index_scores(setting: Setting) -> int:
-    """Bytes of the scores of a block of queries for a device's keys, thrice, in the layers with an indexer."""
+    """Bytes of the scores of a block of queries for a device's keys, thrice, in the layers with an indexer.
+
+    None where a kernel selects.
+    """
     config, work = setting.config, setting.workload
     ratios = [spec.compress_ratio for spec in setting.descriptions.layers if spec.indexer]
-    if not ratios:
+    if not ratios or setting.scores_stay:
         return 0
     entries = max(1, work.context // min(ratios) // setting.placement.size("entries"))
     heads = config.index_n_heads // setting.placement.size("index_heads")

@@ -27,7 +27,10 @@ MEMORY = "HBM"
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A collective of one device: "all-reduce", "all-gather" or "reduce-scatter" of ``bytes`` over mesh axes."""
+    """A collective of one device over mesh axes.
+
+    ``kind`` is "all-reduce", "all-gather", "reduce-scatter" or "all-to-all", of ``bytes``.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -136,6 +139,8 @@ def _timed(setting: Setting, part: Part) -> Timed:
 def _exchange_seconds(links: Links, exchange: Exchange) -> float:
     if exchange.kind == "all-reduce":
         return links.all_reduce(exchange.bytes)
+    if exchange.kind == "all-to-all":
+        return links.all_to_all(exchange.bytes)
     return links.all_gather(exchange.bytes)
 
 
@@ -272,19 +277,35 @@ def _attention_parts(setting: Setting, tokens: int) -> Part:
 def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
     """Index scores of every entry that the cache has room for, and the top-k over them: written and read once.
 
-    Where devices have a part of the entries each, they exchange the best of them, a score and an index each.
+    Where a kernel selects, only the keys are read, those that are visible, and devices that have a part of the heads
+    each share out queries, or rows, instead. Where they have a part of the entries each, they exchange the best of
+    them, a score and an index each.
     """
     config, work, placement = setting.config, setting.workload, setting.placement
     multiplied, moved = _passes(setting)
     shards = placement.size("entries")
     entries = max(1, work.context // spec.compress_ratio // shards)
     tokens = setting.rows * work.tokens
-    heads = config.index_n_heads // placement.size("index_heads")
-    keys = setting.rows * entries * config.index_head_dim * _activation_bytes()
-    scores = 4 * tokens * entries
-    operations = 2 * tokens * entries * heads * config.index_head_dim
-    yield Part("index scores", {"bfloat16": multiplied * operations}, moved * (keys + 2 * scores))
-    yield Part("index score sums", exchange=_exchange(setting, "all-reduce", "index_heads", scores))
+    split, width = placement.size("index_heads"), config.index_head_dim
+    keys: float = setting.rows * entries * width * _activation_bytes()
+    operations: float = multiplied * 2 * tokens * entries * config.index_n_heads * width
+    if setting.scores_stay:
+        visible = min(1.0, max(1, context // spec.compress_ratio // shards) / entries)
+        over_queries, over_rows = work.tokens % split == 0, setting.rows % split == 0
+        operations *= visible / (split if over_queries or over_rows else 1)
+        keys *= visible / (split if over_rows and not over_queries else 1)
+        yield Part("index scores", {"bfloat16": operations}, keys)
+        queries = tokens * config.index_n_heads * (width * _activation_bytes() + 4)
+        if not (over_queries or over_rows):
+            yield Part("index queries", exchange=_exchange(setting, "all-gather", "index_heads", queries))
+        else:
+            yield Part("index queries", exchange=_exchange(setting, "all-to-all", "index_heads", queries / split))
+            selected = 4 * tokens * min(config.index_topk, entries)
+            yield Part("selected entries", exchange=_exchange(setting, "all-gather", "index_heads", selected))
+    else:
+        scores = 4 * tokens * entries
+        yield Part("index scores", {"bfloat16": operations / split}, moved * (keys + 2 * scores))
+        yield Part("index score sums", exchange=_exchange(setting, "all-reduce", "index_heads", scores))
     candidates = 8 * tokens * min(config.index_topk, entries) * shards
     yield Part("index candidates", exchange=_exchange(setting, "all-gather", "entries", candidates))
 

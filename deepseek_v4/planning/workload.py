@@ -109,6 +109,11 @@ class Setting:
         """Sequences of one device's part of the batch."""
         return self.workload.batch // self.placement.size("batch")
 
+    @property
+    def scores_stay(self) -> bool:
+        """Whether a kernel selects entries: index scores then never leave a chip, and it needs whole heads."""
+        return self.topology.chip.platform == "tpu" and self.workload.phase != "train" and self.workload.cache != "fp8"
+
     @functools.cached_property
     def placement(self) -> Placement:
         """The mesh without devices: enough for layouts and bytes."""

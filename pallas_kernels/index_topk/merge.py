@@ -27,20 +27,29 @@ def whole_heads(ranked: Callable, *, q, weights, keys, counts, layer, k, sum_ove
     Queries [B, S] are shared along S, else along B where ``ranked`` begins with row ``first_row`` of the keys; if
     neither divides, every device does all of them.
     """
-    q, weights = (lax.all_gather(a, sum_over, axis=2, tiled=True) for a in (q, weights))
     devices, device = lax.axis_size(sum_over), lax.axis_index(sum_over)
     axis = next((axis for axis in (1, 0) if q.shape[axis] % devices == 0), None)
     if axis is None:
+        q, weights = _together(q, weights, lambda a: lax.all_gather(a, sum_over, axis=2, tiled=True))
         return ranked(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
-    share = q.shape[axis] // devices
-
-    def own(a: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(a, device * share, share, axis)
-
+    q, weights = _together(q, weights, lambda a: lax.all_to_all(a, sum_over, axis, 2, tiled=True))
+    share = counts.shape[axis] // devices
+    counts = lax.dynamic_slice_in_dim(counts, device * share, share, axis)
     if axis == 0:
         rest["first_row"] = device * share
-    found = ranked(q=own(q), weights=own(weights), keys=keys, counts=own(counts), layer=layer, k=k, **rest)
+    found = ranked(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
     return jax.tree.map(lambda a: lax.all_gather(a, sum_over, axis=axis, tiled=True), found)
+
+
+def _together(q: jax.Array, weights: jax.Array, exchange: Callable) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, S, H, d] and their weights [B, S, H] in one exchange, as the integers that their bits are."""
+    word = jnp.dtype(f"uint{8 * q.dtype.itemsize}")
+    weights = weights.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(weights, word).reshape(*weights.shape, -1)
+    bits = exchange(jnp.concatenate([lax.bitcast_convert_type(q, word), bits], axis=-1))
+    q_bits, bits = jnp.split(bits, [q.shape[-1]], axis=-1)
+    bits = bits if bits.shape[-1] > 1 else bits[..., 0]
+    return lax.bitcast_convert_type(q_bits, q.dtype), lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def split_topk(ranked, *, q, weights, keys, counts, layer, k, sum_over, keys_over, first_entries=None):

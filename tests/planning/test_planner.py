@@ -98,6 +98,20 @@ def test_least_times_of_one_token_in_closed_form():
     assert not {"index score sums", "attention output", "shared expert output"} & set(csa)
 
 
+def test_kernels_read_index_keys_alone_and_share_out_queries():
+    chip, entries = CHIPS["v6e"], (1 << 17) // 4
+    csa = parts(stages(setting("v6e:2x4", "expert=4,tensor=2", Workload("decode", 4, 1 << 17))), "CSA")
+    # Four rows over two devices, which exchange their halves of the heads.
+    assert csa["index scores"].seconds == pytest.approx(4 / 2 * entries * 128 * 2 / chip.hbm_bandwidth)
+    assert csa["index queries"].limit == "all-to-all over tensor (torus)"
+    assert csa["selected entries"].limit == "all-gather over tensor (torus)"
+    one = parts(stages(setting("v6e:2x4", "expert=4,tensor=2", Workload("decode", 1, 1 << 17))), "CSA")
+    assert one["index scores"].seconds == pytest.approx(entries * 128 * 2 / chip.hbm_bandwidth)
+    assert one["index queries"].limit == "all-gather over tensor (torus)"
+    assert "selected entries" not in one
+    assert "index score sums" not in one
+
+
 def test_more_tokens_move_the_limit_from_memory_to_arithmetic():
     few = parts(stages(setting("h200:8", "expert=8", Workload("prefill", 1, 4096, chunk=16))), "HCA")
     many = parts(stages(setting("h200:8", "expert=8", Workload("prefill", 8, 4096, chunk=4096))), "HCA")
