@@ -28,7 +28,8 @@ class Execution:
     of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
     uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain), or
     "published", the bytes of the release, which hold what ``kv`` and ``indexer`` simulate and which no kernel reads.
-    Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.
+    ``unroll`` is how many repetitions of a scan group one iteration of its loop runs: more compile longer, but what a
+    backward pass needs of them is not stacked up by copies. Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.
     """
 
     dtype: str = "bfloat16"
@@ -37,11 +38,14 @@ class Execution:
     implementation: str | None = None
     entry_layout: str | None = None
     quantise: Storage | None = None
+    unroll: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "simulate", frozenset(self.simulate))
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', found {self.dtype!r}")
+        if self.unroll < 1:
+            raise ValueError(f"unroll: expected at least 1, found {self.unroll}")
         if self.entry_layout not in (None, "plain", "words", "published"):
             raise ValueError(f"entry_layout: expected 'plain', 'words' or 'published', found {self.entry_layout!r}")
         if self.entry_layout in ("words", "published") and self.dtype != "bfloat16":

@@ -372,6 +372,7 @@ class Model:
         )
 
         types = jax.tree.map(lambda array: array.dtype, scanned)
+        unroll = min(self.execution.unroll, group.repeats)
 
         def run_member(index, params, streams, cache, layer, chosen):
             layer_params = nest(flatten(jax.tree.map(from_bytes, params, types[index])) | whole[index])
@@ -386,8 +387,8 @@ class Model:
             for index in range(len(graphs)):
                 run = functools.partial(run_member, index)
                 if remat is not None:
-                    # Inside a scan nothing could be merged across the barrier that this leaves out.
-                    run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+                    # In a loop of single layers nothing could be merged across the barrier that this leaves out.
+                    run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
                 member = None if cache is None else cache[index]
                 streams, member, seen = run(
                     params[index], streams, member, layer, None if chosen is None else chosen[index]
@@ -397,7 +398,9 @@ class Model:
             return (streams, None if cache is None else tuple(members)), tuple(observed)
 
         sliced = jax.tree.map(sliceable, scanned)
-        (streams, cache), observed = lax.scan(body, (streams, cache), (sliced, jnp.arange(group.repeats), chosen))
+        (streams, cache), observed = lax.scan(
+            body, (streams, cache), (sliced, jnp.arange(group.repeats), chosen), unroll=unroll
+        )
         return streams, cache, observed
 
     def _run_draft(self, params, embedded, streams, tokens: Tokens, cache, chosen=None):

@@ -34,20 +34,22 @@ class TrainBenchmark:
     """Steps that are timed, after one that is not; the fastest counts."""
     learning_rate: float = 1e-4
     """Of AdamW on both sides."""
+    unroll: int = 1
+    """Layers of a kind that ours compiles in a row, as scripts/train.py --unroll."""
     json: Path | None = None
     """Write the figures to this file too."""
 
 
 def run(args: TrainBenchmark, console: Console) -> int:
     """Measures both sides one after the other and prints them; returns the exit code."""
-    for name in ("rows", "length", "steps"):
+    for name in ("rows", "length", "steps", "unroll"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, found {getattr(args, name)}")
     found: dict[str, dict[str, Any]] = {}
     for side in ("ours", "transformers"):
         with console.status(f"measuring {side}"):
             command = [sys.executable, "-m", "deepseek_v4.benchmarks.train", side, str(args.checkpoint)]
-            command += [str(args.rows), str(args.length), str(args.steps), str(args.learning_rate)]
+            command += [str(args.rows), str(args.length), str(args.steps), str(args.learning_rate), str(args.unroll)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -88,7 +90,7 @@ def _tokens(vocab_size: int, rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(3, vocab_size, (rows, length)).astype(np.int32)
 
 
-def _ours(directory: str, rows: int, length: int, steps: int, learning_rate: float) -> dict[str, Any]:
+def _ours(directory: str, rows: int, length: int, steps: int, learning_rate: float, unroll: int) -> dict[str, Any]:
     import jax
 
     from deepseek_v4 import Execution, Model
@@ -102,7 +104,7 @@ def _ours(directory: str, rows: int, length: int, steps: int, learning_rate: flo
     jax.config.update("jax_platforms", "cpu")
     checkpoint = open_checkpoint(directory)
     stored = Model(checkpoint.config, checkpoint.storage, Execution("float32"))
-    model = Model(checkpoint.config, MASTER, Execution("float32"))
+    model = Model(checkpoint.config, MASTER, Execution("float32", unroll=unroll))
     rate = OptimizerConfig(
         name="adamw",
         learning_rate=learning_rate,
@@ -140,7 +142,7 @@ def _ours(directory: str, rows: int, length: int, steps: int, learning_rate: flo
     }
 
 
-def _transformers(directory: str, rows: int, length: int, steps: int, learning_rate: float) -> dict[str, Any]:
+def _transformers(directory: str, rows: int, length: int, steps: int, learning_rate: float, unroll: int) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -160,9 +162,9 @@ def _transformers(directory: str, rows: int, length: int, steps: int, learning_r
     return {"seconds": min(seconds[1:]), "losses": losses}
 
 
-def _side(name: str, directory: str, rows: str, length: str, steps: str, learning_rate: str) -> None:
+def _side(name: str, directory: str, rows: str, length: str, steps: str, learning_rate: str, unroll: str) -> None:
     side = {"ours": _ours, "transformers": _transformers}[name]
-    figures = side(directory, int(rows), int(length), int(steps), float(learning_rate))
+    figures = side(directory, int(rows), int(length), int(steps), float(learning_rate), int(unroll))
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**figures, "peak_bytes": peak_bytes}))
 

@@ -134,7 +134,11 @@ def open_run(config: TrainConfig, one_pass: bool = False) -> Run:
             raise CheckpointError(f"model: {error}; to begin without a checkpoint set weights 'random'") from error
     placement = _placement(config)
     execution = Execution(
-        config.dtype, frozenset(config.simulate), placement=placement, implementation=config.implementation
+        config.dtype,
+        frozenset(config.simulate),
+        placement=placement,
+        implementation=config.implementation,
+        unroll=config.unroll,
     )
     adapters = config.lora if config.mode == "lora" else None
     storage = source.storage if config.mode == "lora" else MASTER

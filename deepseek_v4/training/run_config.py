@@ -70,6 +70,8 @@ class TrainConfig:
     """Pieces that a batch is run in, one after the other, to save memory."""
     remat: Literal["none", "experts", "full"] = "none"
     """What is computed again in the backward pass to save memory: nothing, all but the expert matmuls, all."""
+    unroll: int = 1
+    """Layers of a kind that are compiled in a row: faster steps, longer compilation. 1: a loop over single ones."""
     anticipate: int = 0
     """Route with the parameters of so many steps ago, against loss spikes."""
 
@@ -192,7 +194,7 @@ _FREE = frozenset(
         "export_storage",
     ]
 )
-_ROUNDING = frozenset(["mesh", "fsdp", "accumulate", "remat", "implementation"])
+_ROUNDING = frozenset(["mesh", "fsdp", "accumulate", "remat", "unroll", "implementation"])
 
 
 def to_json(value: Any) -> Any:

@@ -12,6 +12,7 @@ from small_models import small_config
 from deepseek_v4 import Execution, Model, Placement, Rules, make_mesh
 from deepseek_v4.nn.variables import MASTER
 from deepseek_v4.parameters import is_spec
+from deepseek_v4.positions import Training
 from deepseek_v4.training.optimizer import OptimizerConfig
 from deepseek_v4.training.partition import parameter_names
 from deepseek_v4.training.step import Objective, Program, random_params
@@ -121,6 +122,26 @@ def test_parts_of_a_batch_add_up() -> None:
 @pytest.mark.parametrize("remat", ["experts", "full"])
 def test_recomputing_changes_nothing(remat) -> None:
     close(program(remat=remat), program())
+
+
+def test_layers_in_a_row_have_the_gradients_of_a_loop() -> None:
+    """Three alike, two of which an iteration runs and computes again."""
+    looped = Model(small_config((0, 0, 0), mtp=False), MASTER, Execution("float32"))
+    params, ids = random_params(looped, 0), jnp.arange(40, dtype=jnp.int32)[None] % 32
+
+    def gradient(model: Model, remat: str | None):
+        def total(groups):
+            used = {**params, "groups": groups}
+            return model.hidden(used, ids, training=Training(ids >= 0), remat=remat).main.sum()
+
+        return jax.jit(jax.grad(total, allow_int=True))(params["groups"])
+
+    expected = gradient(looped, None)
+    found = gradient(dataclasses.replace(looped, execution=Execution("float32", unroll=2)), "full")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if a.dtype == jnp.float32:
+            # The same sums in another program, float32 in another order.
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max() + 1e-6)
 
 
 def gradients(objective: Objective):
