@@ -29,7 +29,8 @@ class Execution:
     uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain), or
     "published", the bytes of the release, which hold what ``kv`` and ``indexer`` simulate and which no kernel reads.
     ``unroll`` is how many repetitions of a scan group one iteration of its loop runs: more compile longer, but what a
-    backward pass needs of them is not stacked up by copies. Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.
+    backward pass needs of them is not stacked up by copies.
+    Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.
     """
 
     dtype: str = "bfloat16"

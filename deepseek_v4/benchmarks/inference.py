@@ -106,8 +106,8 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
         key = f"{batch} {prompt}"
         step, bare = ours[f"step {key}"], ours[f"bare {key}"]
         console.print(
-            f"batch {batch} after {prompt} tokens: a step takes {1e3 * step:.2f} ms, the device alone {1e3 * bare:.2f}; "
-            f"host overhead {1e6 * (step - bare):.0f} us, {100 * (step / bare - 1):.1f} %, of "
+            f"batch {batch} after {prompt} tokens: a step takes {1e3 * step:.2f} ms, "
+            f"the device alone {1e3 * bare:.2f}; host overhead {1e6 * (step - bare):.0f} us, {100 * (step / bare - 1):.1f} %, of "
             f"{1e6 * ours[f'host {key}']:.0f} us of host work",
             highlight=False,
         )
@@ -198,7 +198,7 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
 
 
 def _decoding(engine, requests) -> tuple[float, float, float]:
-    """Of the decoding of requests together, after all their prompts: tokens per second, seconds and host seconds a step.
+    """Tokens per second, and per step seconds and host seconds, of requests that decode together after their prompts.
 
     A step counts as long as every request is running.
     """

@@ -142,7 +142,7 @@ def _ours(directory: str, rows: int, length: int, steps: int, learning_rate: flo
     }
 
 
-def _transformers(directory: str, rows: int, length: int, steps: int, learning_rate: float, unroll: int) -> dict[str, Any]:
+def _transformers(directory: str, rows: int, length: int, steps: int, learning_rate: float, _) -> dict[str, Any]:
     import torch
     import transformers
 
