@@ -107,8 +107,8 @@ def _print(args: InferenceBenchmark, found: dict[str, Any], console: Console) ->
         step, bare = ours[f"step {key}"], ours[f"bare {key}"]
         console.print(
             f"batch {batch} after {prompt} tokens: a step takes {1e3 * step:.2f} ms, "
-            f"the device alone {1e3 * bare:.2f}; host overhead {1e6 * (step - bare):.0f} us, {100 * (step / bare - 1):.1f} %, of "
-            f"{1e6 * ours[f'host {key}']:.0f} us of host work",
+            f"the device alone {1e3 * bare:.2f}; host overhead {1e6 * (step - bare):.0f} us, "
+            f"{100 * (step / bare - 1):.1f} %, of {1e6 * ours[f'host {key}']:.0f} us of host work",
             highlight=False,
         )
         if not args.drafts:

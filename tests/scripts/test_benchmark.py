@@ -13,20 +13,8 @@ from deepseek_v4.benchmarks.inference import decode_bytes
 @pytest.mark.slow
 def test_inference_is_measured_beside_transformers(script, hf_checkpoint, tmp_path, capsys):
     pytest.importorskip("transformers", reason="needs the 'parity' extra")
-    sizes = [
-        "--batches",
-        "2",
-        "--prompts",
-        "8",
-        "20",
-        "--prefill",
-        "40",
-        "--new-tokens",
-        "4",
-        "--contexts",
-        "128",
-        "512",
-    ]
+    sizes = ["--batches", "2", "--prompts", "8", "20", "--prefill", "40", "--new-tokens", "4"]
+    sizes += ["--contexts", "128", "512"]
     files = ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "found.json")]
     assert script("benchmark").main(["inference", "--checkpoint", str(hf_checkpoint), *sizes, *files]) == 0
     found = json.loads((tmp_path / "found.json").read_text())["found"]
