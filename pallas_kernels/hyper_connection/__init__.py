@@ -6,29 +6,31 @@ from collections.abc import Callable
 import jax
 
 from pallas_kernels.gradients import with_twin_gradient
-from pallas_kernels.hyper_connection import tpu, xla
+from pallas_kernels.hyper_connection import gpu, tpu, xla
 from pallas_kernels.implementation import Unserved, choose
 
 
-def _implementations(twin: Callable, kernel: Callable) -> dict[str, Callable]:
+def _implementations(twin: Callable, on_tpu: Callable, on_gpu: Callable) -> dict[str, Callable]:
     """By name; kernels differentiate as the twin does."""
-    return {
-        "xla": twin,
-        "tpu": with_twin_gradient(kernel, twin),
-        "tpu_interpret": with_twin_gradient(functools.partial(kernel, interpret=True), twin),
-    }
+    found = {"xla": twin}
+    for name, kernel in (("tpu", on_tpu), ("gpu", on_gpu)):
+        found[name] = with_twin_gradient(kernel, twin)
+        found[f"{name}_interpret"] = with_twin_gradient(functools.partial(kernel, interpret=True), twin)
+    return found
 
 
 def _unserved(streams: jax.Array) -> dict[str, Unserved]:
     return {
         "tpu": lambda chip: tpu.unserved(chip, streams),
         "tpu_interpret": lambda chip: tpu.unserved(None, streams, compiled=False),
+        "gpu": lambda chip: gpu.unserved(chip, streams),
+        "gpu_interpret": lambda chip: gpu.unserved(None, streams, compiled=False),
     }
 
 
-_PRE = _implementations(xla.pre_mix, tpu.pre_mix)
-_POST = _implementations(xla.post_mix, tpu.post_mix)
-_SEAM = _implementations(xla.seam, tpu.seam)
+_PRE = _implementations(xla.pre_mix, tpu.pre_mix, gpu.pre_mix)
+_POST = _implementations(xla.post_mix, tpu.post_mix, gpu.post_mix)
+_SEAM = _implementations(xla.seam, tpu.seam, gpu.seam)
 _HEAD = {"xla": xla.head_mix}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hyper_connection import post_mix, pre_mix, seam, tpu
+from pallas_kernels.hyper_connection import gpu, post_mix, pre_mix, seam, tpu
 from pallas_kernels.hyper_connection.cost import mix_cost
 from pallas_kernels.registry import MIB, Case, Operation
 from pallas_kernels.shapes import DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape
@@ -50,9 +50,8 @@ def _cases(back: bool, into: bool) -> Callable[[], tuple[Case, ...]]:
 
 def unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel serves these arguments on ``chip``, or None."""
-    if chip.platform == "cuda":
-        return "there is no kernel for GPUs yet"
-    return tpu.unserved(chip, arguments["streams"])
+    module = gpu if chip.platform == "cuda" else tpu
+    return module.unserved(chip, arguments["streams"])
 
 
 OPERATIONS = (

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hyper_connection import operation, post_mix, pre_mix, seam, tpu
+from pallas_kernels.hyper_connection import gpu, post_mix, pre_mix, seam, tpu
 from pallas_kernels.registry import operations
 from pallas_kernels.targets import chip
 
-IMPLEMENTATIONS = ("xla", "tpu_interpret")
+IMPLEMENTATIONS = ("xla", "tpu_interpret", "gpu_interpret")
 N = 4
 CONSTANTS = {"sinkhorn_iters": 20, "norm_eps": 1e-6, "hc_eps": 1e-6}
 
@@ -117,10 +117,11 @@ def test_the_seam_is_both_mixes(implementation):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
-def test_a_token_is_the_same_in_any_company():
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "gpu_interpret"])
+def test_a_token_is_the_same_in_any_company(implementation):
     """Alone, in another place, among several blocks, beside tokens that are not numbers: the same bits."""
     arguments = problem(150, 256)
-    call = compiled(seam, "tpu_interpret")
+    call = compiled(seam, implementation)
     together = call(**arguments)
 
     def check(rows, changed):
@@ -161,8 +162,7 @@ def test_what_the_kernels_do_not_serve_has_a_reason():
         post_mix(**back(problem(0, 24)), implementation="tpu_interpret")
     wide = jax.ShapeDtypeStruct((1, 1, N, 7168), jnp.float32)
     assert tpu.unserved(chip("v6e"), wide) is None
-    case = operation.OPERATIONS[0].cases()[0]
-    assert operation.unserved(chip("h200"), case.arguments) == "there is no kernel for GPUs yet"
+    assert gpu.unserved(chip("h200"), wide) == "streams are float32, expected bfloat16"
 
 
 def test_costs_are_hand_sums():
