@@ -92,7 +92,7 @@ def compile_case(
         seconds=seconds,
         fast_memory=used_fast_memory(text),
         temporaries=None if memory is None else int(memory.temp_size_in_bytes),
-        copies=copies_of(text, [_per_device(case, name, count) for name in case.protected]),
+        copies=copies_of(text, [a for name in case.protected for a in _per_device(case, name, count)]),
     )
 
 
@@ -160,11 +160,16 @@ def _hlo_type(dtype: np.dtype) -> str:
     return name.replace("float", "f")
 
 
-def _per_device(case: Case, name: str, count: int) -> jax.ShapeDtypeStruct:
-    shape = list(case.arguments[name].shape)
-    if count > 1 and name in case.split:
-        shape[case.split[name]] //= count
-    return jax.ShapeDtypeStruct(tuple(shape), case.arguments[name].dtype)
+def _per_device(case: Case, name: str, count: int) -> list[jax.ShapeDtypeStruct]:
+    """One device's part of an argument: its arrays, of which rows in parts (``deepseek_v4.cache.KVRows``) have some."""
+
+    def part(whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = list(whole.shape)
+        if count > 1 and name in case.split:
+            shape[case.split[name]] //= count
+        return jax.ShapeDtypeStruct(tuple(shape), whole.dtype)
+
+    return [part(whole) for whole in jax.tree.leaves(case.arguments[name])]
 
 
 def _first_line(message: str) -> str:

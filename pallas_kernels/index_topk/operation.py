@@ -21,11 +21,11 @@ _LAYERS = 2
 _CI = {"flash/decode/64x1M", "pro/decode/1x8K", "pro/prefill/2048x1M"}
 
 
-def _case(model: ModelShape, phase: str, rows: int, context: int) -> Case:
+def _case(model: ModelShape, phase: str, rows: int, context: int, queries: int = 1) -> Case:
     decode = phase == "decode"
-    batch, length = (rows, 1) if decode else (1, rows)
+    batch, length = (rows, queries) if decode else (1, rows)
     heads, width, entries = model.index_heads, model.index_dim, context // model.csa_ratio
-    name = f"{model.name}/{phase}/{rows}x{context_name(context)}"
+    name = f"{model.name}/{phase}/{rows}x{context_name(context)}" + (f"x{queries}" if queries > 1 else "")
     sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "entries": entries, "k": model.topk}
     # Whole rows of 128 of selected entries and their scores, twice while they are put in order.
     selected = 4 * batch * length * model.topk
@@ -61,6 +61,7 @@ def cases() -> tuple[Case, ...]:
         for context in CONTEXTS:
             found += [_case(model, "decode", rows, context) for rows in DECODE_ROWS]
             found.append(_case(model, "prefill", PREFILL_QUERIES, context))
+        found.append(_case(model, "decode", 64, 128 << 10, queries=4))
     return tuple(found)
 
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.index_topk.tpu_search import (
     CANDIDATES,
     CHUNK,
+    FEW,
     GROUPS,
     HIGHEST,
     LANES,
@@ -75,12 +76,14 @@ def select(s: Selection, m: Memory, chunks, chunks_of: Callable[[Any], Any], ind
 
     search(s, m, remaining(chunks), index_of)
 
-    def finish(query, _):
-        _place(s, m, query, remaining(chunks_of(query)), index_of)
-        indices[0, query] = m.moves[: s.rows_out, :]
-        ordered[0, query] = m.values[: s.rows_out, :]
+    def finish(index, _):
+        queries = [index * s.together + own for own in range(s.together)]
+        _place(s, m, queries, lambda query: remaining(chunks_of(query)), index_of)
+        for own, query in enumerate(queries):
+            indices[0, query] = m.moves[own, : s.rows_out, :]
+            ordered[0, query] = m.values[own, : s.rows_out, :]
 
-    lax.fori_loop(0, s.queries, finish, None)
+    lax.fori_loop(0, s.queries // s.together, finish, None)
 
 
 def narrow(s: Selection, m: Memory, chunks, chunks_of: Callable[[Any], Any]) -> jax.Array:
@@ -112,7 +115,7 @@ def narrow(s: Selection, m: Memory, chunks, chunks_of: Callable[[Any], Any]) -> 
 
         return fits.astype(jnp.int32)
 
-    return lax.cond(chunks > GROUPS, pick, lambda: jnp.int32(0))
+    return lax.cond(chunks > FEW, pick, lambda: jnp.int32(0))
 
 
 def _layers(s: Selection, m: Memory, query, chunks, index_of, first, count: int):
@@ -138,65 +141,73 @@ def _layers(s: Selection, m: Memory, query, chunks, index_of, first, count: int)
     return lax.fori_loop(0, pl.cdiv(chunks, 2), look, (jnp.full(TILE, 0, jnp.int32) - first, *nothing))
 
 
-def _place(s: Selection, m: Memory, query, chunks, index_of) -> None:
-    """Packs what ``search`` selected of one query to the front of ``values``, with its indices in ``moves``."""
+def _place(s: Selection, m: Memory, queries: list, chunks_of: Callable[[Any], Any], index_of) -> None:
+    """Packs what ``search`` selected of a few queries to the front of ``values``, with its indices in ``moves``."""
     m.moves[...] = jnp.full(m.moves.shape, -1, jnp.int32)
     m.values[...] = jnp.full(m.values.shape, LOWEST, jnp.int32)
+    m.turned[:, :, s.rows :, :] = jnp.full((s.together, 2, SUBLANES, LANES), -1, jnp.int32)
 
     def collect(state):
         """Adds a few layers; how many there are follows from the first pass."""
-        first, _ = state
-        rank, found, origin = _layers(s, m, query, chunks, index_of, first, s.layers)
-        for layer in range(s.layers):
-            at = pl.ds(s.collected + layer * SUBLANES, SUBLANES)
-            m.values[at, :] = found[layer]
-            m.moves[at, :] = origin[layer]
-        _pack(s, m.values, m.moves)
-        return first + s.layers, jnp.max(rank) + first
+        first, most = state
+        for own, query in enumerate(queries):
+            rank, found, origin = _layers(s, m, query, chunks_of(query), index_of, first, s.layers)
+            for layer in range(s.layers):
+                at = pl.ds(s.collected + layer * SUBLANES, SUBLANES)
+                m.values[own, at, :] = found[layer]
+                m.moves[own, at, :] = origin[layer]
+            most = jnp.maximum(most, jnp.max(rank) + first)
+        _pack(s, [(m.values.at[own], m.moves.at[own], m.turned.at[own]) for own in range(len(queries))])
+        return first + s.layers, most
 
     lax.while_loop(lambda state: state[0] < state[1], collect, (jnp.int32(0), jnp.int32(1)))
 
 
-def _pack(s: Selection, values, moves) -> None:
+def _pack(s: Selection, several: list) -> None:
     """Moves elements (index in ``moves`` not negative) of the first ``rows`` rows to the front, rows of 128 in order.
 
-    Rows behind them are empty (-1) and stay so.
+    ``several`` are (values, moves, room for both, turned); rows behind the first are empty (-1) and stay so.
     """
     rows = s.rows
-    index = moves[:rows, :]
     row = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
     lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-    there = (index >= 0).astype(jnp.float32)
-    before = _product(s, there, _triangle(LANES))
-    total = _product(s, there, jnp.ones((LANES, LANES), jnp.float32))
-    above = _product(s, _triangle(rows).T, total)
-    distance = row * LANES + lane - (above + before).astype(jnp.int32)
-    moves[:rows, :] = jnp.where(index >= 0, (index << _MOVE_BITS) + distance, -1)
+    for _, moves, _ in several:
+        index = moves[:rows, :]
+        there = (index >= 0).astype(jnp.float32)
+        before = _product(s, there, _triangle(LANES))
+        total = _product(s, there, jnp.ones((LANES, LANES), jnp.float32))
+        above = _product(s, _triangle(rows).T, total)
+        distance = row * LANES + lane - (above + before).astype(jnp.int32)
+        moves[:rows, :] = jnp.where(index >= 0, (index << _MOVE_BITS) + distance, -1)
 
     def moving(packed, bit):
         return (packed & (LOWEST | (1 << bit))) == (1 << bit)
 
     for bit in range((rows * LANES - 1).bit_length()):
         by = 1 << bit
-        own, value = moves[:rows, :], values[:rows, :]
-        if by < LANES:
-            follows = lane < LANES - by
-            arriving, its_value = (_from_lanes(ref, rows, by, follows) for ref in (moves, values))
-        else:
-            at = slice(by // LANES, rows + by // LANES)
-            arriving, its_value = moves[at, :], values[at, :]
-        comes = moving(arriving, bit)
-        moves[:rows, :] = jnp.where(comes, arriving, jnp.where(moving(own, bit), -1, own))
-        values[:rows, :] = jnp.where(comes, its_value, value)
-    packed = moves[:rows, :]
-    moves[:rows, :] = packed >> _MOVE_BITS
-    values[:rows, :] = jnp.where(packed < 0, LOWEST, values[:rows, :])
+        for values, moves, turned in several:
+            own, value = moves[:rows, :], values[:rows, :]
+            if by < LANES:
+                arriving = _from_lanes(own, turned.at[0], by, lane)
+                its_value = _from_lanes(value, turned.at[1], by, lane)
+            else:
+                at = slice(by // LANES, rows + by // LANES)
+                arriving, its_value = moves[at, :], values[at, :]
+            comes = moving(arriving, bit)
+            moves[:rows, :] = jnp.where(comes, arriving, jnp.where(moving(own, bit), -1, own))
+            values[:rows, :] = jnp.where(comes, its_value, value)
+    for values, moves, _ in several:
+        packed = moves[:rows, :]
+        moves[:rows, :] = packed >> _MOVE_BITS
+        values[:rows, :] = jnp.where(packed < 0, LOWEST, values[:rows, :])
 
 
-def _from_lanes(ref, rows: int, by: int, follows: jax.Array) -> jax.Array:
-    """What lies ``by`` < 128 places behind each place of the first rows; ``follows``: in the same row."""
-    turned, below = (pltpu.roll(ref[start : rows + start, :], LANES - by, 1) for start in (0, 1))
-    return jnp.where(follows, turned, below)
+def _from_lanes(own: jax.Array, turned, by: int, lane: jax.Array) -> jax.Array:
+    """What lies ``by`` < 128 places behind each place of rows; ``turned`` is room for one row more, which is empty."""
+    rows = own.shape[0]
+    same = pltpu.roll(own, LANES - by, 1)
+    turned[:rows, :] = same
+    return jnp.where(lane < LANES - by, same, turned[1 : rows + 1, :])
 
 
 def _triangle(size: int) -> jax.Array:

@@ -25,8 +25,12 @@ HIGHEST = (1 << 31) - 1
 MAX_ENTRIES = 1 << 18
 """Entries whose index fits in an integer beside the way that an element has to move (``tpu_place``)."""
 
-GROUPS = 16
+GROUPS = 8
+"""Groups of chunks, chunk c in group c mod 8, whose maxima bound what is selected from below."""
 CANDIDATES = 8
+"""Layers of candidates that stay of many chunks."""
+FEW = 16
+"""Chunks that are searched as they are."""
 
 _LAYERS = 7
 _TILES_AT_A_TIME = 16
@@ -56,7 +60,7 @@ class Selection:
             unroll *= 2
         fill = max(2, unroll)
         layers = min(_LAYERS, chunks)
-        return Selection(queries, -(-chunks // fill) * fill, unroll, layers, k, chunks > GROUPS, interpreted)
+        return Selection(queries, -(-chunks // fill) * fill, unroll, layers, k, chunks > FEW, interpreted)
 
     @property
     def fill(self) -> int:
@@ -78,14 +82,20 @@ class Selection:
         """Rows that are packed at a time: what has been collected, and the layers of a pass."""
         return self.collected + self.layers * SUBLANES
 
+    @property
+    def together(self) -> int:
+        """Queries that are packed at a time, for the sake of what a core can do at once."""
+        return 2 - self.queries % 2
+
     def scratch_shapes(self) -> list[Any]:
         """What ``Memory`` holds."""
         shapes = [
             (self.queries, self.chunks, *TILE),
             (self.queries, LANES),
             (self.queries, LANES),
-            (2 * self.rows, LANES),
-            (2 * self.rows, LANES),
+            (self.together, 2 * self.rows, LANES),
+            (self.together, 2 * self.rows, LANES),
+            (self.together, 2, self.rows + SUBLANES, LANES),
         ]
         if self.narrows:
             shapes += [(self.queries, count, *TILE) for count in (GROUPS, CANDIDATES, CANDIDATES)]
@@ -94,14 +104,16 @@ class Selection:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the scratch."""
-        tiles = self.queries * (self.chunks + self.narrows * (GROUPS + 2 * CANDIDATES) + 2) + 4 * self.rows
+        tiles = (
+            self.queries * (self.chunks + self.narrows * (GROUPS + 2 * CANDIDATES) + 2) + 8 * self.together * self.rows
+        )
         return 4 * CHUNK * tiles
 
 
 class Memory(NamedTuple):
-    """Scratch: values; the k-th value and the last index of each query; what is being packed, and its moves.
+    """Scratch: values; the k-th value and the last index of each query; what is packed of a few queries, and its moves.
 
-    For narrowing also the largest values of every sixteenth chunk, place by place, and candidates with their indices.
+    For narrowing also the largest values of groups of chunks, place by place, and candidates with their indices.
     """
 
     scores: Any
@@ -109,6 +121,7 @@ class Memory(NamedTuple):
     last: Any
     values: Any
     moves: Any
+    turned: Any
     most: Any = None
     found: Any = None
     origin: Any = None
