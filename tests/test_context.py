@@ -126,14 +126,12 @@ def test_parts_are_one_softmax_with_one_window_and_one_sink(kind: str, length: i
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6)
 
 
-def test_kernels_refuse_split_caches() -> None:
+def test_kernels_that_cannot_refuse() -> None:
     q, window, sink = jnp.zeros((1, 1, 8, 16)), jnp.zeros((1, 5, 16)), jnp.zeros(8)
     counts, rows, at = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1, 4, 16)), jnp.zeros(1, jnp.int32)
-    with pytest.raises(ValueError, match="entries that are split over devices"):
-        compressed_attention(
-            q, window, sink, at, entries=rows, counts=counts, window_size=5, scale=1.0, entries_over=("context",),
-            implementation="tpu_interpret",
-        )  # fmt: skip
+    options = {"window_size": 5, "scale": 1.0, "entries_over": ("context",), "implementation": "gpu"}
+    with pytest.raises(ValueError, match="no implementation 'gpu'"):
+        compressed_attention(q, window, sink, at, entries=rows, counts=counts, **options)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,14 @@ _IMPLEMENTATIONS = {
     "gpu_interpret": with_twin_gradient(gpu.interpreted, xla.compressed_attention),
 }
 
-_SPLIT = _IMPLEMENTATIONS | {"xla": functools.partial(merge.split_attention, xla.partial_attention)}
+_SPLIT = {
+    name: functools.partial(merge.split_attention, partial)
+    for name, partial in (
+        ("xla", xla.partial_attention),
+        ("tpu", tpu.partial_attention),
+        ("tpu_interpret", tpu.partial_interpreted),
+    )
+}
 
 
 def compressed_attention(
@@ -60,7 +67,7 @@ def compressed_attention(
 
     ``entries_over`` names the mesh axes that split the entries (inside ``shard_map``): ``entries`` are then this
     device's range of them, the others' follow in the order of the mesh; counts and indices number them all, everything
-    else is the same on these devices, and so is the result. No kernel serves this.
+    else is the same on these devices, and so is the result. There is no gradient then, and no kernel for GPUs.
 
     Softmax and accumulation are float32. Returns [B, S, H, c] in the dtype of q, still rotated. A row's output does
     not depend on the other rows, on T, or on the padding of indices. Gradients flow to q, window, sink, ring and plain
@@ -77,7 +84,6 @@ def compressed_attention(
     implementations = _IMPLEMENTATIONS
     if entries_over and entries is not None:
         more["entries_over"] = entries_over
-        unserved = dict.fromkeys(unserved, lambda chip: "entries that are split over devices")
         implementations = _SPLIT
     function = choose("compressed_attention", implementations, implementation, unserved)
     return function(

@@ -29,12 +29,13 @@ def split_attention(
     first = shard * rows
     if indices is not None:
         own = (indices >= first) & (indices < first + rows)
-        indices = jnp.where(own, indices - first, -1)
+        # Own ones first: kernels fetch nothing behind the last.
+        indices = -jnp.sort(jnp.where(own, first - indices, 1), axis=-1)
     part = partial(
-        q,
-        window,
+        q=q,
+        window=window,
         # The window counts once. To the other devices all of it lies before the sequence.
-        jnp.where(shard == 0, start, -window_size - q.shape[1]),
+        start=jnp.where(shard == 0, start, -window_size - q.shape[1]),
         entries=entries,
         counts=jnp.clip(counts - first, 0, rows),
         indices=indices,

@@ -44,7 +44,23 @@ def unserved(q: Any, entries: Any, indices: Any, window_size: int, *, compiled: 
     return None
 
 
-def compressed_attention(
+def compressed_attention(*arrays: jax.Array, **options: Any) -> jax.Array:
+    """See ``pallas_kernels.compressed_attention.compressed_attention``.
+
+    Besides: ``tiles`` are block sizes, ``cores`` the TensorCores to deal the steps to where they divide evenly
+    (default: those of the chip), ``interpret`` what ``pallas_call`` takes.
+    """
+    return _run(*arrays, **options, partial=False)[0]
+
+
+def partial_attention(*, q: jax.Array, **arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ``xla.partial_attention``; the sum of weights of a query that sees nothing is arbitrary."""
+    nothing = jnp.full(q.shape[2], jnp.finfo(jnp.float32).min)
+    values, of_softmax = _run(q=q, sink=nothing, **arguments, partial=True)
+    return values, of_softmax[..., :1], of_softmax[..., 1:2]
+
+
+def _run(
     q: jax.Array,
     window: jax.Array,
     sink: jax.Array,
@@ -57,15 +73,12 @@ def compressed_attention(
     indices: jax.Array | None,
     window_size: int,
     scale: float,
+    partial: bool,
     tiles: Tiles | None = None,
     cores: int | None = None,
     interpret: Any = False,
-) -> jax.Array:
-    """See ``pallas_kernels.compressed_attention.compressed_attention``.
-
-    ``tiles`` are block sizes, ``cores`` the TensorCores to deal the steps to where they divide evenly (default: those
-    of the chip), ``interpret`` what ``pallas_call`` takes.
-    """
+) -> list[jax.Array]:
+    """What ``tpu_common.results`` says."""
     batch, length, heads, width = q.shape
     chip = None if interpret else current_chip()
     tiles = tiles or tuned("compressed_attention", chip, shape_class(heads), Tiles())
@@ -104,6 +117,7 @@ def compressed_attention(
         chunk=tiles.chunk,
         group=tiles.group,
         interpreted=bool(interpret),
+        partial=partial,
     )
     steps = batch * length if gather else batch * plan.query_blocks * plan.head_blocks
     if cores is None:
@@ -136,6 +150,11 @@ def compressed_attention(
 def interpreted(**arguments: Any) -> jax.Array:
     """The kernel in Pallas' TPU interpreter, whose memory starts as NaN and whose transfers happen when awaited."""
     return compressed_attention(**arguments, interpret=pltpu.InterpretParams())
+
+
+def partial_interpreted(**arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``partial_attention`` in the interpreter."""
+    return partial_attention(**arguments, interpret=pltpu.InterpretParams())
 
 
 def unserved_by(q, entries, indices, window_size) -> dict[str, Callable[[Chip | None], str | None]]:

@@ -57,7 +57,7 @@ class Plan:
 
     ``source`` is "ring" (the cache's ring and the S new rows), "whole" (all rows of all queries in one array) or
     "blocks" (prefill: the rows before the call and the S new rows, two query blocks at a time). ``entry_rows`` is T of
-    the cache, 0 where there are no entries.
+    the cache, 0 where there are no entries. ``partial`` softmaxes are not divided by their sums.
     """
 
     batch: int
@@ -79,6 +79,7 @@ class Plan:
     group: int
     cores: int = 1
     interpreted: bool = False
+    partial: bool = False
 
     @property
     def query_blocks(self) -> int:
@@ -103,6 +104,28 @@ class Plan:
     def entry_width(self) -> int:
         """Elements of a stored entry: c, or c/2 words."""
         return self.width // 2 if self.entry_dtype == jnp.uint32 else self.width
+
+
+def results(plan: Plan, block: tuple[int, int], index: Any) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
+    """Block specs and shapes of what a kernel writes for (queries, heads) at ``index``.
+
+    That is the attention; or of a partial softmax the float32 sum of values, then largest score and sum of weights in
+    the first two of ``LANES`` channels.
+    """
+    kinds = [(plan.width, jnp.float32), (LANES, jnp.float32)] if plan.partial else [(plan.width, plan.dtype)]
+    size = (plan.batch, plan.length, plan.heads)
+    return (
+        [pl.BlockSpec((1, *block, channels), index) for channels, _ in kinds],
+        [jax.ShapeDtypeStruct((*size, channels), dtype) for channels, dtype in kinds],
+    )
+
+
+def finished(plan: Plan, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    """What a kernel writes of a running softmax [M, ...], in the order of ``results``."""
+    high, total, acc = state
+    if plan.partial:
+        return acc, jnp.where(iota(LANES, 1) == 0, high, total)
+    return ((acc / total).astype(plan.dtype),)
 
 
 def _round_up(rows: int) -> int:

@@ -20,9 +20,11 @@ from pallas_kernels.compressed_attention.tpu_common import (
     Plan,
     compiler_params,
     fill_window,
+    finished,
     in_window,
     iota,
     key_positions,
+    results,
     softmax_add,
     softmax_begin,
     unpack,
@@ -41,8 +43,8 @@ def dense_attention(
     *,
     cost: pl.CostEstimate | None,
     interpret: Any,
-) -> jax.Array:
-    """q [B, S, H, c] to [B, S, H, c]; ``windows`` as the plan's source says, layer [1], the rest as the public op."""
+) -> list[jax.Array]:
+    """q [B, S, H, c] to ``results``; ``windows`` as the plan's source says, layer [1], the rest as the public op."""
     p = plan
     padding = p.query_blocks * p.query_block - p.length
     if counts is None:
@@ -93,16 +95,17 @@ def dense_attention(
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SMEM((1,), jnp.int32),
         ]
+    out_specs, out_shape = results(p, (p.query_block, p.head_block), index(lambda b, i, g, layer: (b, i, g, 0)))
     return pl.pallas_call(
         functools.partial(_kernel, p, steps, item, len(windows)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(p.cores, steps),
             in_specs=in_specs,
-            out_specs=q_spec,
+            out_specs=out_specs,
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=out_shape,
         compiler_params=compiler_params(p),
         cost_estimate=cost,
         interpret=interpret,
@@ -132,9 +135,12 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
     counts, sink, q, *refs = all_refs
     windows, refs = refs[:window_count], refs[window_count:]
     if p.entry_rows:
-        entries, out, window, high, total, acc, stored, keys, semaphores, slot = refs
+        entries, *refs = refs
+    out, refs = (refs[:2], refs[2:]) if p.partial else (refs[:1], refs[1:])
+    if p.entry_rows:
+        window, high, total, acc, stored, keys, semaphores, slot = refs
     else:
-        out, window, high, total, acc = refs
+        window, high, total, acc = refs
     core, step = pl.program_id(0), pl.program_id(1)
     b, i, g = item(core, step)
     start = start_ref[b]
@@ -245,7 +251,7 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
         slot[0] = lax.rem(first_slot + blocks, 2)
 
     def finish(product, _):
-        result = (acc[product] / total[product]).astype(out.dtype)
-        out[0, pl.ds(product * queries, queries)] = result.reshape(queries, p.head_block, p.width)
+        for ref, result in zip(out, finished(p, (high[product], total[product], acc[product])), strict=True):
+            ref[0, pl.ds(product * queries, queries)] = result.reshape(queries, p.head_block, result.shape[-1])
 
     lax.fori_loop(0, products, finish, None)

@@ -19,9 +19,11 @@ from pallas_kernels.compressed_attention.tpu_common import (
     Plan,
     compiler_params,
     fill_window,
+    finished,
     in_window,
     iota,
     key_positions,
+    results,
     softmax_add,
     softmax_begin,
     unpack,
@@ -41,8 +43,8 @@ def gather_attention(
     *,
     cost: pl.CostEstimate | None,
     interpret: Any,
-) -> jax.Array:
-    """q [B, S, H, c] to [B, S, H, c]; ``windows`` as the plan's source says, layer [1], the rest as the public op."""
+) -> list[jax.Array]:
+    """q [B, S, H, c] to ``results``; ``windows`` as the plan's source says, layer [1], the rest as the public op."""
     p = plan
     queries = p.batch * p.length
     blocks = -(-indices.shape[-1] // p.block)
@@ -77,6 +79,7 @@ def gather_attention(
 
     index_shape = (1, blocks, p.block)
     q_spec = pl.BlockSpec((1, 1, p.heads, p.width), query)
+    out_specs, out_shape = results(p, (1, p.heads), query)
     return pl.pallas_call(
         functools.partial(_kernel, p, steps, item, len(windows)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -91,7 +94,7 @@ def gather_attention(
                 *window_specs(p, index, windows),
                 pl.BlockSpec(memory_space=pltpu.HBM),
             ],
-            out_specs=q_spec,
+            out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((p.window_rows, p.width), q.dtype),
                 pltpu.VMEM((p.heads, 1), jnp.float32),
@@ -102,7 +105,7 @@ def gather_attention(
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=out_shape,
         compiler_params=compiler_params(p),
         cost_estimate=cost,
         interpret=interpret,
@@ -121,7 +124,9 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
     p = plan
     chosen, chosen_next, chosen_mask, sink, q, *refs = all_refs
     windows, refs = refs[:window_count], refs[window_count:]
-    entries, out, window, high, total, acc, stored, semaphores, slot = refs
+    entries, *refs = refs
+    out, refs = (refs[:2], refs[2:]) if p.partial else (refs[:1], refs[1:])
+    window, high, total, acc, stored, semaphores, slot = refs
     core, step = pl.program_id(0), pl.program_id(1)
     flat = core * steps + step
     b, s = item(core, step)
@@ -197,4 +202,5 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
 
     lax.fori_loop(0, blocks, visit, None)
     slot[0] = lax.rem(first_slot + blocks, 2)
-    out[0, 0] = (acc[...] / total[...]).astype(out.dtype)
+    for ref, result in zip(out, finished(p, (high[...], total[...], acc[...])), strict=True):
+        ref[0, 0] = result

@@ -42,7 +42,7 @@ def compressed_attention(q, window, sink, start, *, scale, **arguments):
     return _in_blocks(attend, q, window, start, **arguments)
 
 
-def partial_attention(q, window, start, *, scale, **arguments):
+def partial_attention(*, q, window, start, scale, **arguments):
     """The softmax over what these arguments hold, before it is divided and without the sink; all float32.
 
     Returns (weighted sum of values [B, S, H, c], largest score [B, S, H, 1], sum of weights [B, S, H, 1]); weights are

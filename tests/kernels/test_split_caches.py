@@ -1,0 +1,52 @@
+"""What the TPU kernels say of one device's part of a cache, interpreted, against the twin's."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_compressed_attention import Problem, make
+
+from pallas_kernels.compressed_attention import tpu, xla
+from pallas_kernels.index_topk import tpu as tpu_topk
+from pallas_kernels.index_topk import xla as xla_topk
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem((0, 9, 61), length=1, total=20, ring=16),
+        Problem((0, 9, 61), length=2, total=20, selected=8, ring=16),
+        Problem((40,), length=24, total=20, ring=16, dtype="bfloat16", words=True),
+        Problem((40,), length=24, total=20, selected=8, ring=16, dtype="bfloat16", words=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [True, False], ids=["window", "no window"])
+def test_parts_of_a_softmax(problem, window):
+    (q, rows, _, start), options = make(problem)
+    if not window:  # as to all devices but the first: it lies before the sequence
+        start = jnp.full_like(start, -8 - problem.length)
+    options = {"indices": None} | options | {"q": q, "window": rows, "start": start}
+    found = [np.asarray(a) for a in tpu.partial_interpreted(**options)]
+    expected = [np.asarray(a) for a in xla.partial_attention(**options)]
+    assert [a.dtype for a in found] == [np.float32] * 3
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+    seen = expected[2] > 0
+    assert (found[1] == np.finfo(np.float32).min).all(where=~seen)
+    assert (found[0] == 0).all(where=~seen)
+    # Weights are rounded relative to the largest score so far: to 2^-8 where values are bfloat16.
+    tolerance = 1e-5 if problem.dtype == "float32" else 1e-2
+    for ours, theirs in ((found[0], expected[0]), (found[2], expected[2])):
+        difference = np.abs(ours - theirs) / np.where(seen, expected[2], 1)
+        assert difference.max(where=np.broadcast_to(seen, difference.shape), initial=0) < tolerance
+
+
+def test_scores_of_the_selection():
+    rng = np.random.default_rng(0)
+    q, weights, keys = (rng.integers(-1, 2, shape) for shape in ((2, 3, 3, 8), (2, 3, 3), (2, 2, 2500, 8)))
+    arguments = {"q": q, "weights": weights, "keys": keys}
+    arguments = {name: jnp.asarray(a, jnp.float32) for name, a in arguments.items()}
+    arguments |= {"counts": jnp.asarray([[0, 3, 2500], [600, 512, 1]], jnp.int32), "layer": 1, "k": 512}
+    found = tpu_topk.ranked_interpreted(**arguments)
+    expected = xla_topk.ranked_topk(**arguments, sum_over=())
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
