@@ -1,6 +1,7 @@
 """One softmax over a sliding window, compressed entries and a sink (architecture section 2, step 4)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ _IMPLEMENTATIONS = {
     "gpu_interpret": with_twin_gradient(gpu.interpreted, xla.compressed_attention),
 }
 
-_SPLIT = {
+_SPLIT: dict[str, Callable] = {
     name: functools.partial(merge.split_attention, partial)
     for name, partial in (
         ("xla", xla.partial_attention),

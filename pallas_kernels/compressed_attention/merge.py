@@ -31,6 +31,8 @@ def split_attention(
         own = (indices >= first) & (indices < first + rows)
         # Own ones first: kernels fetch nothing behind the last.
         indices = -jnp.sort(jnp.where(own, first - indices, 1), axis=-1)
+    if first_entries is not None:
+        arguments["first_entries"] = first_entries - first
     part = partial(
         q=q,
         window=window,
@@ -39,7 +41,6 @@ def split_attention(
         entries=entries,
         counts=jnp.clip(counts - first, 0, rows),
         indices=indices,
-        first_entries=None if first_entries is None else first_entries - first,
         window_size=window_size,
         **arguments,
     )

@@ -1,11 +1,16 @@
 """What the TPU kernels say of one device's part of a cache, interpreted, against the twin's."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from test_compressed_attention import Problem, make
 
-from pallas_kernels.compressed_attention import tpu, xla
+from pallas_kernels.compressed_attention import compressed_attention, tpu, xla
+from pallas_kernels.index_topk import index_topk
 from pallas_kernels.index_topk import tpu as tpu_topk
 from pallas_kernels.index_topk import xla as xla_topk
 
@@ -38,6 +43,25 @@ def test_parts_of_a_softmax(problem, window):
     for ours, theirs in ((found[0], expected[0]), (found[2], expected[2])):
         difference = np.abs(ours - theirs) / np.where(seen, expected[2], 1)
         assert difference.max(where=np.broadcast_to(seen, difference.shape), initial=0) < tolerance
+
+
+def on_one_device(function, *arrays):
+    """As on a mesh; the interpreter does not run on several devices at once."""
+    mesh, specs = Mesh(jax.devices()[:1], ("context",)), PartitionSpec()
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))(*arrays)
+
+
+def test_operations_on_kernels():
+    (q, rows, sink, start), options = make(Problem((0, 9, 61), length=2, total=20, selected=8, ring=16))
+    split = functools.partial(compressed_attention, q, rows, sink, start, **options, implementation="tpu_interpret")
+    found = on_one_device(lambda: split(entries_over=("context",)))
+    # Float32 sums of a dozen values of order one, in another order.
+    np.testing.assert_allclose(found, split(), atol=3e-6, rtol=0)
+    rng = np.random.default_rng(0)
+    q, weights, keys = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 3, 8), (2, 3, 3), (2, 2, 40, 8)))
+    counts = jnp.asarray([[0, 3, 40], [33, 9, 1]], jnp.int32)
+    split = functools.partial(index_topk, q, weights, keys, counts, layer=1, k=8, implementation="tpu_interpret")
+    np.testing.assert_array_equal(on_one_device(lambda: split(keys_over=("context",))), split())
 
 
 def test_scores_of_the_selection():
