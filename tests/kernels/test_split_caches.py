@@ -11,8 +11,6 @@ from test_compressed_attention import Problem, make
 
 from pallas_kernels.compressed_attention import compressed_attention, tpu, xla
 from pallas_kernels.index_topk import index_topk
-from pallas_kernels.index_topk import tpu as tpu_topk
-from pallas_kernels.index_topk import xla as xla_topk
 
 
 @pytest.mark.parametrize(
@@ -62,15 +60,3 @@ def test_operations_on_kernels():
     counts = jnp.asarray([[0, 3, 40], [33, 9, 1]], jnp.int32)
     split = functools.partial(index_topk, q, weights, keys, counts, layer=1, k=8, implementation="tpu_interpret")
     np.testing.assert_array_equal(on_one_device(lambda: split(keys_over=("context",))), split())
-
-
-def test_scores_of_the_selection():
-    rng = np.random.default_rng(0)
-    q, weights, keys = (rng.integers(-1, 2, shape) for shape in ((2, 3, 3, 8), (2, 3, 3), (2, 2, 2500, 8)))
-    arguments = {"q": q, "weights": weights, "keys": keys}
-    arguments = {name: jnp.asarray(a, jnp.float32) for name, a in arguments.items()}
-    arguments |= {"counts": jnp.asarray([[0, 3, 2500], [600, 512, 1]], jnp.int32), "layer": 1, "k": 512}
-    found = tpu_topk.ranked_interpreted(**arguments)
-    expected = xla_topk.ranked_topk(**arguments, sum_over=())
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
