@@ -112,6 +112,9 @@ def _inference_working(setting: Setting) -> dict[str, int]:
     streams = tokens * n * d * 2
     heads = config.num_attention_heads // placement.size("heads")
     attention = 3 * tokens * heads * config.head_dim * 2
+    if placement.mesh_axes("entries"):
+        # Float32 parts of a softmax: made, joined to rows, sent, received.
+        attention += 4 * tokens * heads * (config.head_dim + 2) * 4
     experts = tokens * config.num_experts_per_tok * (d * 2 + config.moe_intermediate_size * 2) + 2 * tokens * d * 4
     activations = 4 * streams + max(attention, experts, _index_scores(setting))
     linears = sorted(
