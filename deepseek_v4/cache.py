@@ -114,6 +114,9 @@ def map_shapes(function: Callable[[tuple[int, int], jnp.dtype], Any], shapes: An
 _TILE_ROWS = 16
 """Rows of a bfloat16 tile of a TPU; two of 32-bit numbers."""
 
+_FLOAT_TILE_ROWS = 8
+"""Rows of a float32 tile: the projections of ``kv`` and ``score`` are such."""
+
 
 def layer_cache_shapes(
     config: Config,
@@ -129,10 +132,10 @@ def layer_cache_shapes(
     ``window`` holds KV rows; ``entries`` and ``index_entries`` one row per compressed window; ``kv``, ``score`` (and
     ``index_kv``, ``index_score``) the float32 projections of the tokens that windows still to be completed pool.
     ``layout`` is how ``entries`` are stored; whoever writes and reads them knows it from their dtype. "words" hold the
-    same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of ``window``, ``entries`` and
-    ``index_entries`` are then rounded up to whole tiles, without which XLA would keep them in an order that kernels
-    cannot read in place. "published" gives ``KVRows`` and ``KeyRows`` of such pairs. ``shards`` devices hold equal
-    ranges of the entries, for which their rows are rounded up too.
+    same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of all arrays are then rounded
+    up to whole tiles, without which XLA would keep them in an order that kernels cannot read in place. "published"
+    gives ``KVRows`` and ``KeyRows`` of such pairs. ``shards`` devices hold equal ranges of the entries, for which their
+    rows are rounded up too.
     Raises ``ValueError`` for an unknown layout, or for words of another dtype than bfloat16.
     """
     dtype = jnp.dtype(dtype)
@@ -167,7 +170,7 @@ def layer_cache_shapes(
     shapes: dict[str, Any] = {"window": kv_rows(_round_up(window, tile))}
     if spec.compress_ratio:
         entries = _round_up(max(1, max_length // spec.compress_ratio), tile * shards)
-        history = spec.pool_rows - 1 + max(rollback, 1)
+        history = _round_up(spec.pool_rows - 1 + max(rollback, 1), _FLOAT_TILE_ROWS if layout == "words" else 1)
         width = spec.lanes * config.head_dim
         words = ((entries, config.head_dim // 2), jnp.dtype(jnp.uint32))
         shapes["entries"] = words if layout == "words" else kv_rows(entries)

@@ -1,12 +1,13 @@
 """The token-level compressor of CSA, HCA and the indexer (architecture section 3)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_v4.cache import entries_write, ring_read, ring_write
+from deepseek_v4.cache import entries_write, ring_write
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec
@@ -14,7 +15,7 @@ from deepseek_v4.nn.linear import PlainLinear
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
 from deepseek_v4.positions import Tokens, window_ends
-from pallas_kernels.compress import compress
+from pallas_kernels.compress import compress, pool_windows
 
 
 class Compressor(nnx.Module):
@@ -49,34 +50,18 @@ class Compressor(nnx.Module):
         written, or None at the beginning of sequences that are not continued; ``stored`` gives an entry the form in
         which it is kept. Returns the entries [n, B, T, width], the layer to read of them, and the updated cache arrays.
         """
-        ratio, length, start, lengths = self.spec.compress_ratio, x.shape[1], tokens.start, tokens.lengths
+        ratio, start, lengths = self.spec.compress_ratio, tokens.start, tokens.lengths
         kv = self.wkv(x, jnp.float32)
         score = self.wgate(x, jnp.float32) + self.ape[...][tokens.positions % ratio]
         if tokens.documents is not None:
             return stored(self._packed(kv, score, tokens.documents, execution))[None], 0, {}
         rings = {} if cache is None else {name: cache[self.prefix + name] for name in ("entries", "kv", "score")}
 
-        # Rows in position order, from the window before the one that `start` falls in (CSA) or from that one (HCA).
-        history = self.spec.pool_rows - 1
-        windows = -(-length // ratio)
-        rows = (windows + (1 if self.spec.overlap else 0)) * ratio
-        first = start // ratio
-        offset = ratio - 1 - start % ratio
-
-        def aligned(new: jax.Array, ring: jax.Array | None) -> jax.Array:
-            if ring is None:
-                before = jnp.zeros((new.shape[0], history, new.shape[2]), new.dtype)
-            else:
-                before = ring_read(ring, layer, start, history)
-            joined = jnp.concatenate([before, new], axis=1)
-            joined = jnp.pad(joined, [(0, 0), (0, max(0, ratio - 1 + rows - joined.shape[1])), (0, 0)])
-            return jax.vmap(lambda a, at: jax.lax.dynamic_slice_in_dim(a, at, rows, axis=0))(joined, offset)
-
-        new = self._pool(aligned(kv, rings.get("kv")), aligned(score, rings.get("score")), first, execution)
-        new = stored(new)
+        new = stored(self._entries(kv, score, start, lengths, rings, layer, execution))
         if cache is None:
             return new[None], 0, {}
-        complete = (first[:, None] + jnp.arange(windows) + 1) * ratio <= (start + lengths)[:, None]
+        first = start // ratio
+        complete = (first[:, None] + jnp.arange(new.shape[1]) + 1) * ratio <= (start + lengths)[:, None]
         updates = {
             "entries": self._write(rings["entries"], layer, first, complete, new, execution),
             "kv": ring_write(rings["kv"], layer, start, lengths, kv),
@@ -98,19 +83,30 @@ class Compressor(nnx.Module):
         axes = (stacked, (), ("batch",), per_window, ("batch", None, None))
         return execution.per_shard(write, (entries, jnp.asarray(layer), first, complete, rows), axes, stacked)
 
-    def _pool(self, kv: jax.Array, score: jax.Array, first: jax.Array, execution: Execution) -> jax.Array:
-        return compress(
-            kv,
-            score,
-            self.norm.weight[...],
-            first,
-            ratio=self.spec.compress_ratio,
-            overlap=self.spec.overlap,
-            rope=self.spec.rope,
-            norm_eps=self.eps,
-            dtype=execution.activation_dtype,
-            implementation=execution.implementation,
-        )
+    def _entries(self, kv, score, start, lengths, rings, layer, execution: Execution) -> jax.Array:
+        """The entries of the windows that end in this call."""
+        options = self._options(execution) | {"implementation": execution.implementation}
+        if not rings:
+            return compress(kv, score, self.norm.weight[...], start, lengths, **options)
+
+        def on_own_rows(kv, score, weight, start, lengths, kv_ring, score_ring, layer):
+            return compress(
+                kv, score, weight, start, lengths, kv_ring=kv_ring, score_ring=score_ring, layer=layer, **options
+            )
+
+        arguments = (kv, score, self.norm.weight[...], start, lengths, rings["kv"], rings["score"], jnp.asarray(layer))
+        rows, stacked = ("batch", None, None), (None, "batch", None, None)
+        axes = (rows, rows, (None,), ("batch",), ("batch",), stacked, stacked, ())
+        return execution.per_shard(on_own_rows, arguments, axes, rows)
+
+    def _options(self, execution: Execution) -> dict[str, Any]:
+        return {
+            "ratio": self.spec.compress_ratio,
+            "overlap": self.spec.overlap,
+            "rope": self.spec.rope,
+            "norm_eps": self.eps,
+            "dtype": execution.activation_dtype,
+        }
 
     def _packed(self, kv: jax.Array, score: jax.Array, documents: jax.Array, execution: Execution) -> jax.Array:
         """Entries of rows of several documents, in the order in which they are completed: [B, T, width]."""
@@ -124,5 +120,5 @@ class Compressor(nnx.Module):
 
         first = (jnp.take_along_axis(documents, ends, axis=1) // ratio).reshape(-1)
         # Every window is a row of its own: its neighbours may be another document's.
-        entries = self._pool(windows(kv), windows(score), first, execution)
+        entries = pool_windows(windows(kv), windows(score), self.norm.weight[...], first, **self._options(execution))
         return entries.reshape(batch, ends.shape[1], -1)

@@ -30,7 +30,10 @@ def test_words_take_the_bytes_of_rows_and_whole_tiles(rollback):
             assert plain[name][0][0] <= rows < plain[name][0][0] + 16
             assert _bytes((rows, words[name][0][1]), dtype) == rows * plain[name][0][1] * 2
         for name in set(plain) - tiled:
-            assert words[name] == plain[name], name
+            (rows, width), dtype = words[name]
+            assert rows % 8 == 0, name
+            assert plain[name][0][0] <= rows < plain[name][0][0] + 8, name
+            assert ((width,), dtype) == (plain[name][0][1:], plain[name][1]), name
 
 
 def test_writing_packs_what_reading_unpacks():
