@@ -12,6 +12,7 @@ from pallas_kernels.tuned import tuned
 class Blocks:
     """Heads that share one pass over the keys, keys per turn of the loop, and how the compiler is to schedule them.
 
+    ``split`` is how many entries, a multiple of ``keys``, one program attends to where a decode step sees them all.
     None may depend on the batch or on a cache's capacity: a row's bits would.
     """
 
@@ -19,6 +20,7 @@ class Blocks:
     keys: int = 32
     warps: int = 8
     stages: int = 2
+    split: int = 1024
 
 
 # Sizes that compile within the chips' shared memory and registers; nothing was measured.

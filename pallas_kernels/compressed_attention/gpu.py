@@ -7,7 +7,9 @@ rest: the halves that a word of the cache holds, so that plain rows and words ta
 the sink, (maximum, total, accumulator) = (sink, 1, 0), and visits blocks of keys in an order that depends on the row
 alone.
 
-A query's keys are not split over programs: a decode step of few rows leaves most of a GPU idle.
+A decode step has few queries, and one that attends to all entries may have 8,192 of them: these are then split over
+programs, a fixed number to each, and the parts are joined in order. They are few at a time, so that they take little
+memory. How entries are split depends neither on the batch nor, as parts without keys change nothing, on the capacity.
 
 Written on the Triton backend of Pallas, which jax 0.10.2 has and 0.11 calls deprecated. Nothing here was ever timed.
 """
@@ -29,6 +31,15 @@ from pallas_kernels.targets import Chip, current_chip
 
 _LEAST_PRODUCT = 16
 """Rows and columns of the smallest product that Triton gives to tensor cores."""
+
+_FEW_QUERIES = 8
+"""Most queries per row of calls whose entries are split; longer ones are chunks of prompts, which fill a GPU."""
+
+_PART_BYTES = 15 << 20
+"""Most memory of parts that wait to be joined."""
+
+_NO_SCORE = -1e30
+"""Below every score, and finite."""
 
 
 def unserved(q: Any, entries: Any, *, compiled: bool = True) -> str | None:
@@ -77,7 +88,6 @@ def compressed_attention(
     """
     batch, length, heads, width = q.shape
     blocks = blocks or blocks_for(None if interpret else current_chip(), heads)
-    head_block = _power_divisor(heads, blocks.heads)
     rows: dict[str, jax.Array] = {"window": window.astype(q.dtype)}
     scalars = {"layer": jnp.asarray(layer, jnp.int32).reshape(1), "start": start.astype(jnp.int32)}
     if ring is not None:
@@ -92,32 +102,105 @@ def compressed_attention(
             place = jnp.arange(1, indices.shape[-1] + 1, dtype=jnp.int32)
             scalars["end"] = jnp.max(jnp.where(indices >= 0, place, 0), axis=-1)
             scalars["indices"] = indices.astype(jnp.int32)
-    whole = {**scalars, **rows}
-    per_query = pl.BlockSpec((None, None, head_block, width), lambda query, h: (query // length, query % length, h, 0))
-    kernel = functools.partial(
-        _kernel,
-        tuple(whole),
+    queries = q.reshape(batch * length, heads, width)
+    parts = 1
+    if entries is not None and indices is None and length <= _FEW_QUERIES:
+        parts = pl.cdiv(entries.shape[2], blocks.split)
+    launch = functools.partial(
+        _launch,
+        sink=sink.astype(jnp.float32),
+        whole={**scalars, **rows},
+        parts=parts,
+        blocks=blocks,
+        interpret=interpret,
         length=length,
         window_size=window_size,
         scale=scale,
-        keys=blocks.keys,
-        interpret=interpret,
+    )
+    if parts == 1:
+        return launch(queries, jnp.int32(0))[0].reshape(q.shape)
+    number = queries.shape[0]
+    chunk = min(number, max(1, _PART_BYTES // (4 * parts * heads * (width + 2))))
+
+    def some(index, out):
+        # The last queries may be computed twice, with the same result.
+        first = jnp.minimum(index * chunk, number - chunk)
+        found = launch(lax.dynamic_slice_in_dim(queries, first, chunk), first)
+        return lax.dynamic_update_slice_in_dim(out, _join(*found, dtype=q.dtype, interpret=interpret), first, 0)
+
+    out = lax.fori_loop(0, pl.cdiv(number, chunk), some, jnp.zeros(queries.shape, q.dtype))
+    return out.reshape(q.shape)
+
+
+def _launch(q, first, *, sink, whole, parts, blocks: Blocks, interpret, **constants):
+    """The kernel for queries [R, H, c], of which ``first`` is the number of the first: their results, or their parts.
+
+    Parts are [R, parts, H, c] values that are not normalised, [R, parts, H] largest scores and sums of weights.
+    """
+    number, heads, width = q.shape
+    head_block = _power_divisor(heads, blocks.heads)
+    per_query = pl.BlockSpec((None, head_block, width), lambda i, h, part: (i, h, 0))
+    whole = {"first": first.reshape(1), **whole}
+    if parts == 1:
+        out_specs, out_shape = [per_query], [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    else:
+        per_part = pl.BlockSpec((None, None, head_block), lambda i, h, part: (i, part, h))
+        out_specs = [pl.BlockSpec((None, None, head_block, width), lambda i, h, part: (i, part, h, 0))] + 2 * [per_part]
+        out_shape = [
+            jax.ShapeDtypeStruct((number, parts, heads, width), jnp.float32),
+            *2 * [jax.ShapeDtypeStruct((number, parts, heads), jnp.float32)],
+        ]
+    kernel = functools.partial(
+        _kernel, tuple(whole), parts=parts, keys=blocks.keys, split=blocks.split, interpret=interpret, **constants
     )
     return pl.pallas_call(
         kernel,
         # Blocks of heads of one query are neighbours in time and share its keys in the L2 cache.
-        grid=(batch * length, heads // head_block),
+        grid=(number, heads // head_block, parts),
         in_specs=[
             per_query,
-            pl.BlockSpec((head_block,), lambda query, h: (h,)),
-            *[pl.BlockSpec(a.shape, lambda query, h, n=a.ndim: (0,) * n) for a in whole.values()],
+            pl.BlockSpec((head_block,), lambda i, h, part: (h,)),
+            *[pl.BlockSpec(a.shape, lambda i, h, part, n=a.ndim: (0,) * n) for a in whole.values()],
         ],
-        out_specs=per_query,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_specs=out_specs,
+        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="compressed_attention",
-    )(q, sink.astype(jnp.float32), *whole.values())
+    )(q, sink, *whole.values())
+
+
+def _join(values, largest, total, *, dtype, interpret):
+    """Parts [R, parts, H, c], [R, parts, H] (twice) as one softmax [R, H, c]; a part without keys changes no bit.
+
+    A kernel too, so that one part alone and several, of which one has keys, are divided by the same instruction.
+    """
+    number, parts, heads, width = values.shape
+    block = _power_divisor(heads, _LEAST_PRODUCT)
+    per_part = pl.BlockSpec((None, parts, block), lambda i, h: (i, 0, h))
+    return pl.pallas_call(
+        functools.partial(_join_kernel, parts),
+        grid=(number, heads // block),
+        in_specs=[pl.BlockSpec((None, parts, block, width), lambda i, h: (i, 0, h, 0)), per_part, per_part],
+        out_specs=pl.BlockSpec((None, block, width), lambda i, h: (i, h, 0)),
+        out_shape=jax.ShapeDtypeStruct((number, heads, width), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="compressed_attention_join",
+    )(values, largest, total)
+
+
+def _join_kernel(parts, values, largest, total, out):
+    highest = lax.fori_loop(1, parts, lambda part, high: jnp.maximum(high, largest[part]), largest[0])
+
+    def add(part, state):
+        below, above = state
+        weight = jnp.exp(largest[part] - highest)
+        return below + weight * total[part], above + weight[:, None] * values[part]
+
+    nothing = (jnp.zeros(highest.shape, jnp.float32), jnp.zeros(out.shape, jnp.float32))
+    below, above = lax.fori_loop(0, parts, add, nothing)
+    out[...] = (above / below[:, None]).astype(out.dtype)
 
 
 def interpreted(**arguments: Any) -> jax.Array:
@@ -125,10 +208,10 @@ def interpreted(**arguments: Any) -> jax.Array:
     return compressed_attention(**arguments, interpret=True)
 
 
-def _kernel(names, q_ref, sink_ref, *refs, length, window_size, scale, keys, interpret):
-    at = dict(zip(names, refs[:-1], strict=True))
-    out_ref = refs[-1]
-    query = pl.program_id(0)
+def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, keys, split, interpret):
+    at = dict(zip(names, refs, strict=False))
+    results = refs[len(names) :]
+    query, part_number = at["first"][0] + pl.program_id(0), pl.program_id(2)
     b, s = query // length, query % length
     half = q_ref.shape[1] // 2
     halves = (slice(0, half), slice(half, 2 * half))
@@ -196,12 +279,28 @@ def _kernel(names, q_ref, sink_ref, *refs, length, window_size, scale, keys, int
     sink = sink_ref[...]
     nothing = jnp.zeros((sink.shape[0], half), jnp.float32)
     state = (sink, jnp.ones_like(sink), (nothing, nothing))
-    state = lax.fori_loop(0, pl.cdiv(window_size, keys), visit_window, state)
+    window_turns, first_turn = pl.cdiv(window_size, keys), 0
+    if parts > 1:
+        # The first part has the sink and the window; the others begin with nothing.
+        leading = part_number == 0
+        state = (jnp.where(leading, sink, _NO_SCORE), jnp.where(leading, 1.0, jnp.zeros_like(sink)), state[2])
+        window_turns = leading.astype(jnp.int32) * window_turns
+        first_turn = part_number * (split // keys)
+    state = lax.fori_loop(0, window_turns, visit_window, state)
     if "entries" in at:
-        state = lax.fori_loop(0, pl.cdiv(at["end"][b, s], keys), visit_entries, state)
-    _, total, acc = state
+        end = at["end"][b, s]
+        if parts > 1:
+            end = jnp.minimum(end, (part_number + 1) * split)
+        state = lax.fori_loop(first_turn, pl.cdiv(end, keys), visit_entries, state)
+    high, total, acc = state
+    if parts > 1:
+        values, largest, sums = results
+        largest[...], sums[...] = high, total
+    else:
+        (values,) = results
+        acc = tuple(value / total[:, None] for value in acc)
     for part, value in zip(halves, acc, strict=True):
-        out_ref[:, part] = (value / total[:, None]).astype(out_ref.dtype)
+        values[:, part] = value.astype(values.dtype)
 
 
 def _power_divisor(number: int, largest: int) -> int:

@@ -40,7 +40,9 @@ def _named(implementation):
 def _small_blocks(q, window, sink, start, **rest):
     arguments = {"ring": None, "entries": None, "counts": None, "indices": None, "layer": 0} | rest
     # Small enough that a few dozen entries take several turns of every loop.
-    return gpu.compressed_attention(q, window, sink, start, **arguments, blocks=Blocks(heads=4, keys=4), interpret=True)
+    return gpu.compressed_attention(
+        q, window, sink, start, **arguments, blocks=Blocks(heads=4, keys=4, split=8), interpret=True
+    )
 
 
 IMPLEMENTATIONS = {
