@@ -12,7 +12,7 @@ from deepseek_v4.config import YarnScaling
 from deepseek_v4.layer_spec import RopeSpec
 from pallas_kernels.compress import compress, tpu
 from pallas_kernels.compress.cost import compress_cost
-from pallas_kernels.registry import MIB, Case, Operation
+from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import DECODE_ROWS, FLASH, PREFILL_QUERIES
 from pallas_kernels.targets import Chip
 
@@ -90,4 +90,12 @@ def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     return tpu.unserved(chip, **{name: arguments[name] for name in names})
 
 
-OPERATION = Operation("compress", compress, cases, _unserved)
+_TUNING = {
+    "tpu": Tuning(
+        shape_class=lambda arguments: tpu.shape_class(*arguments["kv"].shape[1:]),
+        candidates=lambda chip, arguments: tpu.CANDIDATES,
+        run=lambda tiles: functools.partial(tpu.compress, tiles=tiles),
+    )
+}
+
+OPERATION = Operation("compress", compress, cases, _unserved, _TUNING)

@@ -24,6 +24,7 @@ from deepseek_v4.layer_spec import RopeSpec
 from deepseek_v4.rope import rope_frequencies
 from pallas_kernels.compress.cost import kernel_bytes
 from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.tuned import tuned
 
 LANES = 128
 SUBLANES = 8
@@ -40,6 +41,24 @@ class Tiles:
     rows: int = 512
     group: int = 64
     ahead: int = 4
+
+
+CANDIDATES = (
+    Tiles(),
+    *(
+        Tiles(rows, group, ahead)
+        for rows in (256, 512, 1024)
+        for group in (16, 64)
+        for ahead in (2, 4, 8)
+        if (rows, group, ahead) != (512, 64, 4)
+    ),
+)
+"""What a tuner may try: an entry is the same bits with each of them."""
+
+
+def shape_class(length: int, channels: int) -> str:
+    """The class of shapes that share tiles."""
+    return f"{'decode' if length <= 2 * SUBLANES else 'prefill'}, {channels} channels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +188,8 @@ def compress(
 ):
     """See ``pallas_kernels.compress.compress``."""
     batch, length, channels = kv.shape
-    tiles = tiles or Tiles()
     chip = None if interpret else current_chip()
+    tiles = tiles or tuned("compress", chip, shape_class(length, channels), Tiles())
     block = _round_up(tiles.rows, ratio * SUBLANES if ratio % SUBLANES else ratio)
     rows = length if length <= block else block
     # Short calls share a step, in equal parts and on every core.
