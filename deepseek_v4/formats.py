@@ -183,12 +183,16 @@ def quantize_fp8_rows(x: jax.Array, block: int, amax_floor: float = 1e-4) -> tup
     return _unblock(codes, padding), scale
 
 
+def dequantize_fp8_rows(codes: jax.Array, scale: jax.Array, block: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The inverse of ``quantize_fp8_rows``; ``scale`` may be E8M0 bytes as well."""
+    groups, padding = _blocks(codes.astype(jnp.float32), block)
+    return _unblock(groups * decode_scale(scale)[..., None], padding).astype(dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def simulate_fp8(x: jax.Array, block: int, amax_floor: float = 1e-4) -> jax.Array:
     """What [..., K] becomes after a round trip through E4M3 with one power-of-two scale per ``block`` channels."""
-    codes, scale = quantize_fp8_rows(x, block, amax_floor)
-    groups, padding = _blocks(codes.astype(jnp.float32), block)
-    return _unblock(groups * scale[..., None], padding).astype(x.dtype)
+    return dequantize_fp8_rows(*quantize_fp8_rows(x, block, amax_floor), block, x.dtype)
 
 
 @simulate_fp8.defjvp

@@ -13,7 +13,7 @@ from deepseek_v4.config import Config
 from deepseek_v4.execution import SIMULATIONS, Execution
 from deepseek_v4.model import Model, Params
 from deepseek_v4.nn.variables import Storage
-from deepseek_v4.sharding import MeshError, Placement, check_placement, describe_mesh, make_mesh
+from deepseek_v4.sharding import MeshError, Placement, Rules, check_placement, describe_mesh, make_mesh
 from deepseek_v4.tokenizer import Tokenizer
 
 
@@ -78,12 +78,20 @@ def parse_simulations(text: str) -> frozenset[str]:
 
 
 def choose_placement(
-    mesh: str | None, config: Config, storage: Storage, simulate: frozenset[str] = frozenset()
+    mesh: str | None,
+    config: Config,
+    storage: Storage,
+    simulate: frozenset[str] = frozenset(),
+    expert_parallel: bool = False,
 ) -> Placement | None:
-    """The placement that ``mesh`` names, or ``default_placement`` if it is None."""
+    """The placement that ``mesh`` names, or ``default_placement`` if it is None; with the batch over experts' axis."""
     if mesh is not None:
-        return Placement(make_mesh(mesh))
-    return default_placement(config, storage, jax.devices(), simulate)
+        placement: Placement | None = Placement(make_mesh(mesh))
+    else:
+        placement = default_placement(config, storage, jax.devices(), simulate)
+    if placement is None or not expert_parallel:
+        return placement
+    return dataclasses.replace(placement, rules=Rules.expert_parallel())
 
 
 def default_placement(
@@ -123,6 +131,7 @@ def open_model(
     dtype: str = "bfloat16",
     simulate: str = "",
     mesh: str | None = None,
+    expert_parallel: bool = False,
     implementation: str | None = None,
 ) -> Loaded:
     """Opens a Hugging Face or Orbax directory and decides where and how it runs (see ``Execution``).
@@ -132,7 +141,7 @@ def open_model(
     """
     execution = Execution(dtype, parse_simulations(simulate), implementation=implementation)
     opened = open_checkpoint(checkpoint)
-    placement = choose_placement(mesh, opened.config, opened.storage, execution.simulate)
+    placement = choose_placement(mesh, opened.config, opened.storage, execution.simulate, expert_parallel)
     model = Model(opened.config, opened.storage, dataclasses.replace(execution, placement=placement))
     tokenizer = None if opened.tokenizer_path is None else Tokenizer.from_file(opened.tokenizer_path)
     return Loaded(model, tokenizer, opened)

@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import Config
+from deepseek_v4.dispatch import BY_SIZE, Dispatch, Exchange
 from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK, as_bytes, from_bytes
 from deepseek_v4.nn.variables import Storage
 
@@ -43,6 +44,9 @@ class Rules:
     ``fsdp`` are axes of the batch over which matrices are cut once more where they are stored, with their gradients and
     what an optimizer keeps of them: routed experts by expert where that divides, other matrices along ``embed``, or
     else along the longer dim that divides. Each layer's are gathered when it runs. Activations and caches do not know.
+
+    Where ``experts`` are axes of the batch (``expert_parallel``), tokens travel to experts and back (``dispatch``), and
+    nothing else of a layer is computed twice. Experts are then cut over those axes of ``fsdp`` that they do not have.
     """
 
     batch: tuple[str, ...] = ("data",)
@@ -69,7 +73,6 @@ class Rules:
             )
         for first, second in (
             ("experts", "expert_width"),
-            ("batch", "experts"),
             ("batch", "heads"),
             ("batch", "vocab"),
             ("batch", "entries"),
@@ -81,10 +84,24 @@ class Rules:
                 raise MeshError(f"rules: mesh axes {sorted(both)} are used by both {first} and {second}")
         for field in dataclasses.fields(self):
             both = set(getattr(self, field.name)) & set(self.fsdp)
-            if both and field.name not in ("batch", "fsdp"):
+            if both and field.name not in ("batch", "experts", "fsdp"):
                 raise MeshError(f"rules: mesh axes {sorted(both)} are used by both {field.name} and fsdp")
         if set(self.fsdp) - set(self.batch):
             raise MeshError(f"rules: fsdp {self.fsdp} must be among the mesh axes of the batch, {self.batch}")
+        if set(self.experts) & set(self.batch) and set(self.experts) - set(self.batch):
+            raise MeshError(
+                f"rules: of the mesh axes of experts, {self.experts}, the batch has some but not all, {self.batch}"
+            )
+
+    @classmethod
+    def expert_parallel(cls, fsdp: bool = False) -> "Rules":
+        """Rows of the batch over experts' axis too: attention is not repeated, tokens travel to their experts.
+
+        With ``fsdp`` matrices are stored cut over all axes of the batch.
+        """
+        batch = ("data", "expert")
+        vocab = ("tensor", "context")
+        return cls(batch=batch, experts=("expert",), vocab=vocab, fsdp=batch if fsdp else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +110,7 @@ class Placement:
 
     mesh: Mesh
     rules: Rules = Rules()
+    exchange: Exchange = BY_SIZE
 
     @property
     def platform(self) -> str:
@@ -125,10 +143,10 @@ class Placement:
 
     def _stored_spec(self, axes: Sequence[str | None], shape: Sequence[int], matrix: bool = True) -> PartitionSpec:
         whole = self.sharding(axes, shape).spec
-        names = self.mesh_axes("fsdp")
+        cut = [_names(entry) for entry in whole]
+        names = tuple(name for name in self.mesh_axes("fsdp") if all(name not in held for held in cut))
         if not names or not matrix:
             return whole
-        cut = [_names(entry) for entry in whole]
         left = [size // self._count(held) for size, held in zip(shape, cut, strict=True)]
         last = range(len(shape) - 2, len(shape))
         preferred = [dim for name in ("experts", "embed") for dim, axis in enumerate(axes) if axis == name]
@@ -202,14 +220,16 @@ class Placement:
     ) -> jax.Array:
         """Runs the expert MLP where the experts live: every shard adds what its own experts contribute.
 
-        x [N, d], ids and weights [N, K] are split by batch and known to every shard of an expert group; a shard sees
-        the ids relative to its first expert, so those of other shards fall outside its range. ``stored`` are the
-        (weight, scale) of the linears, then adapters (a, b) or None, and ``axes`` the logical axes of each of these
-        arrays. The sum over expert and width shards is float32. What ``rules.fsdp`` has cut is gathered here, of a
-        stack the one layer, and again in the backward pass: ``run`` takes a ``gather`` then, as ``expert_mlp`` does.
+        x [N, d], ids and weights [N, K] are split by batch. A shard sees the ids relative to its first expert, so those
+        of other shards fall outside its range; where experts are split over axes of the batch, tokens come to them as
+        ``exchange`` says. ``stored`` are the (weight, scale) of the linears, then adapters (a, b) or None, and ``axes``
+        the logical axes of each of these arrays. The sum over expert and width shards is float32. What ``rules.fsdp``
+        has cut is gathered here, of a stack the one layer, and again in the backward pass. ``run`` takes ``gather`` and
+        ``exchange`` as ``expert_mlp`` does.
         """
         rows = self.spec(("batch", None))
-        cut = self.mesh_axes("fsdp")
+        expert_axes = self.mesh_axes("experts")
+        cut = tuple(name for name in self.mesh_axes("fsdp") if name not in expert_axes)
         weight_specs = tuple(
             arrays
             and tuple(
@@ -218,16 +238,26 @@ class Placement:
             )
             for arrays, described in zip(stored, axes, strict=True)
         )
-        expert_axes = self.mesh_axes("experts")
         width_axes = self.mesh_axes("expert_width")
         local = stored[0][0].shape[-3] // self.size("experts")
+        travel = tuple(axis for axis in expert_axes if axis in self.rules.batch)
+        group = self._count(travel)
+        form = self.exchange.form_for(x.shape[0] // self.size("batch") * group) if travel else None
 
-        gather = {"gather": _ExpertShards(cut, weight_specs, x.dtype)} if cut else {}
+        options: dict[str, Any] = {"gather": _ExpertShards(cut, weight_specs, x.dtype)} if cut else {}
+        if form == "dispatch":
+            options["exchange"] = Dispatch(travel, self.exchange, native=self.platform != "cpu")
 
         def shard(x, ids, weights, layer, stored):
-            first = jax.lax.axis_index(expert_axes) * local if expert_axes else 0
-            out = run(x, ids - first, weights, layer, *stored, **gather)
-            return jax.lax.psum(out, expert_axes + width_axes) if expert_axes or width_axes else out
+            if form == "gather":
+                x, ids, weights = (jax.lax.all_gather(a, travel, tiled=True) for a in (x, ids, weights))
+            if form != "dispatch":
+                ids = ids - (jax.lax.axis_index(expert_axes) * local if expert_axes else 0)
+            out = run(x, ids, weights, layer, *stored, **options)
+            if form == "gather":
+                out = jax.lax.psum_scatter(out, travel, tiled=True)
+            summed = width_axes if travel else expert_axes + width_axes
+            return jax.lax.psum(out, summed) if summed else out
 
         return jax.shard_map(
             shard,
@@ -260,6 +290,10 @@ def _gather_forward(value, whole, cut, moved):
 
 
 def _gather_backward(whole, cut, moved, _, gradient):
+    # Where a dim that is split already is cut further, XLA's partitioner (0.10.2) may go wrong on a gradient that a
+    # reshape brings there from a split batch dim: half of it came out as zeros. In two steps it does not.
+    if any(entry and entry != further for entry, further in zip(whole.spec, cut.spec, strict=False)):
+        gradient = jax.lax.with_sharding_constraint(gradient, whole)
     return (jax.lax.with_sharding_constraint(gradient, cut),)
 
 

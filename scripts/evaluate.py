@@ -175,7 +175,14 @@ def _open_run(args: Arguments) -> _Opened:
         raise ValueError(f"{args.checkpoint}: a training run that has no complete checkpoint yet")
     saved: TrainConfig = from_json(checkpoints.meta(newest)["config"])
     config = dataclasses.replace(
-        saved, data=_documents(args), eval_every=0, accumulate=1, anticipate=0, mesh=args.mesh, fsdp=False
+        saved,
+        data=_documents(args),
+        eval_every=0,
+        accumulate=1,
+        anticipate=0,
+        mesh=args.mesh,
+        fsdp=False,
+        expert_parallel=False,
     )
     run = open_run(config, one_pass=True)
     program = run.program(newest)

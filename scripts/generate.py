@@ -88,6 +88,8 @@ class Arguments:
     """Tokens to propose per step with the checkpoint's MTP block; the output stays what it would be without."""
     mesh: str | None = None
     """For example data=1,expert=4,tensor=2. Default: all devices, most of them along expert, some along tensor."""
+    expert_parallel: bool = False
+    """Split the sequences over the expert axis too: attention is not repeated there, tokens travel to their experts."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of activations."""
     simulate: str = ""
@@ -159,6 +161,7 @@ def _open(args: Arguments) -> tuple[Loaded, int]:
         dtype=args.dtype,
         simulate=args.simulate,
         mesh=args.mesh,
+        expert_parallel=args.expert_parallel,
         implementation=args.implementation,
     )
     if args.cache == "published":

@@ -57,6 +57,8 @@ class Arguments:
     """Tokens that every cache has room for; of a training sequence its length."""
     mesh: str | None = None
     """For example data=2,expert=8,tensor=4. Default: the best."""
+    expert_parallel: bool = False
+    """With --mesh: split the batch over the expert axis too, tokens travel to their experts. A search tries both."""
     search: bool = False
     """Print the legal meshes, best first, and why the first is first."""
     cache: Literal["bf16", "fp8"] = "bf16"
@@ -134,7 +136,7 @@ def _config(name: str) -> Config:
 def _search(args: Arguments, config: Config, topology: Topology, work: Workload) -> Search:
     if args.mesh is None:
         return search(config, topology, work)
-    return Search((plan(Setting.of(config, topology, parse_mesh(args.mesh), work)),), ())
+    return Search((plan(Setting.of(config, topology, parse_mesh(args.mesh), work, args.expert_parallel)),), ())
 
 
 def _message(error: Exception) -> str:

@@ -117,7 +117,8 @@ def _description(run: Run) -> list[str]:
     what = {"full": "all parameters", "qat": f"all parameters, quantised from step {config.quantise_from}"}
     lines = [
         f"{config.model} ({config.weights} weights), {what.get(config.mode, f'adapters {config.lora}')}",
-        f"{jax.devices()[0].device_kind}, {mesh}{', FSDP' if config.fsdp else ''}, {config.dtype}"
+        f"{jax.devices()[0].device_kind}, {mesh}{', FSDP' if config.fsdp else ''}"
+        f"{', expert-parallel' if config.expert_parallel else ''}, {config.dtype}"
         + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"training data: {run.data.statistics}; {len(run.data)} steps in an epoch",
     ]

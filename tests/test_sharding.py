@@ -12,9 +12,11 @@ import pytest
 from small_models import small_config, small_model
 
 from deepseek_v4 import Config, Execution, MeshError, Model, Placement, Rules, make_mesh
+from deepseek_v4.dispatch import Exchange
 from deepseek_v4.nn.linear import Linear
 from deepseek_v4.nn.variables import RELEASED, RELEASED_BASE
 from deepseek_v4.parameters import flatten
+from deepseek_v4.planning.program import collectives
 from deepseek_v4.sharding import check_placement, parse_mesh
 
 # One layer of every kind, both routers; sizes divide over every mesh below in whole scale blocks.
@@ -63,9 +65,12 @@ def expected(small):
     return run(small.model, small.params)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, "gather", "dispatch"])
 def test_meshes_agree_with_one_device(small, expected, mesh):
-    model = dataclasses.replace(small.model, execution=Execution(dtype="float32", placement=placement(mesh)))
+    where = placement("expert=2,tensor=2" if mesh in ("gather", "dispatch") else mesh)
+    if mesh in ("gather", "dispatch"):
+        where = dataclasses.replace(where, rules=Rules.expert_parallel(), exchange=Exchange(mesh, rows=128))
+    model = dataclasses.replace(small.model, execution=Execution(dtype="float32", placement=where))
     params = jax.tree.map(lambda a, spec: jax.device_put(a, spec.sharding), small.params, model.abstract_params())
     for ours, theirs in zip(run(model, params), expected, strict=True):
         # Shards add partial sums in another order: a few float32 roundings of logits of order one.
@@ -90,6 +95,25 @@ def test_decode_moves_only_what_it_must():
     # embedding. The draft block is a third layer.
     assert set(collectives) == {"all-reduce"}, collectives
     assert collectives["all-reduce"] <= 3 * 3 + 1 + 2, collectives
+
+
+def test_decode_moves_tokens_to_experts():
+    """With a batch over experts: as above, a layer's tokens are gathered, and what experts say of them is scattered."""
+    where = dataclasses.replace(placement("data=2,expert=2,tensor=2"), rules=Rules.expert_parallel())
+    model = Model(CONFIG, RELEASED, Execution(dtype="float32", placement=where))
+    tokens = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    step = jax.jit(functools.partial(model.forward, draft=True), donate_argnums=2)
+    compiled = step.lower(model.abstract_params(), tokens, model.abstract_cache(4, 512, 4)).compile()
+    found = {c.kind: c for c in collectives(compiled.as_text())}
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
+    # In three layers tokens, ids and weights of two tokens, and float32 sums of one: never experts. XLA may join some.
+    row = 4 * CONFIG.hidden_size
+    assert found["all-gather"].times <= 3 * 3
+    assert found["all-gather"].bytes <= 3 * 2 * 1.1 * row
+    assert found["reduce-scatter"].bytes == 3 * row
+    # Attention, routed and shared experts over tensor; index scores of one layer; the embedding's rows, twice.
+    assert found["all-reduce"].times <= 3 * 3 + 1 + 2
+    assert found["all-reduce"].bytes <= (3 * 3 + 1 + 2) * row
 
 
 @pytest.mark.parametrize("name", ["flash", "pro", "flash-base", "pro-base"])

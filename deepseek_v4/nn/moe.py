@@ -157,7 +157,7 @@ class Experts(nnx.Module):
         adapters = tuple(w.adapter() for w in linears)
         stacked = stored[0][0].ndim == 4
 
-        def run(x, ids, weights, layer, w1, w2, w3, *adapters, gather=None):
+        def run(x, ids, weights, layer, w1, w2, w3, *adapters, **moved):
             return expert_mlp(
                 x,
                 ids,
@@ -169,7 +169,7 @@ class Experts(nnx.Module):
                 simulate_activations=simulate,
                 layer=layer if stacked else None,
                 adapters=adapters if any(adapters) else None,
-                gather=gather,
+                **moved,
                 implementation=execution.implementation,
             )
 

@@ -221,7 +221,13 @@ def _training_working(setting: Setting) -> dict[str, int]:
         whole = [size_bytes(setting.used_shard(spec), spec.dtype) for spec in cut if is_trained(setting, spec)]
         scattered = max(scattered, sum(whole))
     attention = 6 * tokens * heads * config.head_dim * 2
-    experts = tokens * config.num_experts_per_tok * (d * 6 + 3 * config.moe_intermediate_size * 4)
+    choices, width = config.num_experts_per_tok, config.moe_intermediate_size
+    form, group = setting.exchange
+    if form == "dispatch":
+        # A round's rows, and what waits for it: rows and gradients to send, float32 results.
+        experts = placement.exchange.rows * (d * 10 + 3 * width * 4) + tokens * choices * d * 8
+    else:
+        experts = group * tokens * choices * (d * 6 + 3 * width * 4)
     logits = 3 * 4 * tokens * config.vocab_size // placement.size("vocab")
     return {
         "gradients": _stored(setting, trained_specs(setting)),

@@ -83,9 +83,10 @@ def check(setting: Setting) -> None:
     work, limit = setting.workload, setting.config.max_position_embeddings
     if work.context > limit:
         raise WorkloadError(f"context {work.context:,} is beyond the model's {limit:,} tokens")
-    data = setting.placement.size("batch")
-    if work.batch % data:
-        raise WorkloadError(f"batch {work.batch} does not divide over data = {data}")
+    parts = setting.placement.size("batch")
+    if work.batch % parts:
+        axes = "*".join(setting.rules.batch)
+        raise WorkloadError(f"batch {work.batch} does not divide over {axes} = {parts}")
     setting.model()
     if work.phase == "train" and (split := setting.placement.mesh_axes("entries")):
         raise WorkloadError(f"{'*'.join(split)} splits caches, which training has none of")
@@ -126,15 +127,21 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
         yield dict(zip(MESH_AXES, sizes, strict=True))
 
 
+def settings(config: Config, topology: Topology, workload: Workload) -> Iterator[Setting]:
+    """The workload on every mesh of a slice; where experts are split, with the batch over their axis too or without."""
+    for mesh in meshes(topology.devices):
+        for travel in (False, True) if mesh["expert"] > 1 and mesh["context"] == 1 else (False,):
+            yield Setting.of(config, topology, mesh, workload, travel)
+
+
 def search(config: Config, topology: Topology, workload: Workload) -> Search:
     """Plans the workload on every mesh of the slice; raises ``WorkloadError`` if none is legal."""
     plans, illegal = [], []
-    for mesh in meshes(topology.devices):
-        setting = Setting.of(config, topology, mesh, workload)
+    for setting in settings(config, topology, workload):
         try:
             plans.append(plan(setting))
         except (MeshError, WorkloadError) as error:
-            illegal.append((setting.mesh_text, str(error).splitlines()[-1].strip()))
+            illegal.append((setting.title, str(error).splitlines()[-1].strip()))
     if not plans:
         reasons = "\n".join(f"  {mesh}: {reason}" for mesh, reason in illegal)
         raise WorkloadError(f"no mesh of {topology.name} can run this:\n{reasons}")
@@ -154,21 +161,20 @@ def explain(found: Search) -> list[str]:
     lines = []
     if not fitting:
         lines.append(
-            f"No mesh fits; {best.setting.mesh_text} is nearest and lacks {-best.memory.spare / GIB:.2f} GiB "
-            "per device."
+            f"No mesh fits; {best.setting.title} is nearest and lacks {-best.memory.spare / GIB:.2f} GiB per device."
         )
     elif len(fitting) == 1:
-        lines.append(f"{best.setting.mesh_text} is the only mesh that fits.")
+        lines.append(f"{best.setting.title} is the only mesh that fits.")
     else:
         second = fitting[1]
         lines.append(
-            f"{best.setting.mesh_text} is first of {len(fitting)} meshes that fit: {_ms(best.seconds)} per step, "
-            f"{second.setting.mesh_text} takes {_ms(second.seconds)}. {_difference(best, second)}"
+            f"{best.setting.title} is first of {len(fitting)} meshes that fit: {_ms(best.seconds)} per step, "
+            f"{second.setting.title} takes {_ms(second.seconds)}. {_difference(best, second)}"
         )
         least = min(fitting, key=lambda p: p.memory.peak)
         if least is not best:
             lines.append(
-                f"{least.setting.mesh_text} needs least memory, {least.memory.peak / GIB:.2f} GiB per device instead "
+                f"{least.setting.title} needs least memory, {least.memory.peak / GIB:.2f} GiB per device instead "
                 f"of {best.memory.peak / GIB:.2f}, and takes {_ms(least.seconds)}."
             )
     too_large = len(found.plans) - len(fitting)
@@ -213,18 +219,18 @@ class Advice:
 def largest_batch(config: Config, topology: Topology, workload: Workload) -> Setting | None:
     """The setting with the most sequences of this context that fits the slice; None if not one does."""
     best: Setting | None = None
-    for mesh in meshes(topology.devices):
-        data = mesh["data"]
+    for least in settings(config, topology, workload):
+        parts = least.placement.size("batch")
 
-        def setting(rows: int, mesh=mesh, data=data) -> Setting:
-            return Setting.of(config, topology, mesh, dataclasses.replace(workload, batch=rows * data))
+        def setting(rows: int, least=least, parts=parts) -> Setting:
+            return dataclasses.replace(least, workload=dataclasses.replace(workload, batch=rows * parts))
 
         try:
             check(setting(1))
         except (MeshError, WorkloadError):
             continue
         rows = _most(lambda rows, setting=setting: memory(setting(rows)).fits)
-        if rows and (best is None or rows * data > best.workload.batch):
+        if rows and (best is None or rows * parts > best.workload.batch):
             best = setting(rows)
     return best
 
@@ -246,8 +252,7 @@ def smallest_slice(config: Config, topology: Topology, workload: Workload) -> Se
     """The smallest slice of the chip that takes the workload, with the fastest mesh that fits; None if none does."""
     for candidate in slices(topology.chip):
         fitting = []
-        for mesh in meshes(candidate.devices):
-            setting = Setting.of(config, candidate, mesh, workload)
+        for setting in settings(config, candidate, workload):
             try:
                 check(setting)
             except (MeshError, WorkloadError):
@@ -266,7 +271,7 @@ def advise(config: Config, topology: Topology, workload: Workload) -> Advice:
     while fitting is None and context > 1024:
         context //= 2
         shorter = dataclasses.replace(workload, context=context)
-        if any(_fits(Setting.of(config, topology, mesh, shorter)) for mesh in meshes(topology.devices)):
+        if any(map(_fits, settings(config, topology, shorter))):
             fitting = context
     return Advice(batch.workload.batch if batch else None, fitting, smallest_slice(config, topology, workload))
 
@@ -286,7 +291,7 @@ def advice_lines(found: Search, advice: Advice) -> list[str]:
     parts = {**best.memory.arguments, **best.memory.working}
     largest = ", ".join(f"{name} {size / GIB:.2f}" for name, size in _largest(parts, 3))
     lines = [
-        f"{topology.name} has {best.memory.usable / GIB:.2f} GiB per device; on {best.setting.mesh_text} this needs "
+        f"{topology.name} has {best.memory.usable / GIB:.2f} GiB per device; on {best.setting.title} this needs "
         f"{best.memory.peak / GIB:.2f}, {-best.memory.spare / GIB:.2f} too much (GiB: {largest})."
     ]
     if advice.batch:
@@ -297,9 +302,7 @@ def advice_lines(found: Search, advice: Advice) -> list[str]:
         lines.append(f"Fits with context {advice.context:,} instead of {work.context:,} at this batch.")
     if advice.smallest:
         smallest = advice.smallest
-        lines.append(
-            f"Smallest {topology.chip.name} slice that takes it: {smallest.topology.name}, {smallest.mesh_text}."
-        )
+        lines.append(f"Smallest {topology.chip.name} slice that takes it: {smallest.topology.name}, {smallest.title}.")
     else:
         lines.append(f"No slice of {topology.chip.name} up to {slices(topology.chip)[-1].name} takes it.")
     return lines

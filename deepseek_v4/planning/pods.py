@@ -31,6 +31,8 @@ def pod_file(model: str, plan: Plan) -> dict[str, Any]:
         }
         if work.lora is not None:
             options["train"]["lora.rank"] = work.lora
+        if setting.expert_parallel:
+            options["train"]["expert-parallel"] = True
     else:
         options["generate"] = {
             "mesh": setting.mesh_text,
@@ -40,6 +42,8 @@ def pod_file(model: str, plan: Plan) -> dict[str, Any]:
         }
         if work.cache == "fp8":
             options["generate"]["cache"] = "published"
+        if setting.expert_parallel:
+            options["generate"]["expert-parallel"] = True
     return {
         "model": model,
         "topology": setting.topology.name,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_v4.planning.workload import BATCH, Setting, rules_for
+from deepseek_v4.planning.workload import BATCH, Setting
 from deepseek_v4.sharding import Placement, make_mesh
 from pallas_kernels.targets import abstract_devices
 
@@ -62,7 +62,7 @@ def compile_setting(setting: Setting) -> Compiled:
     Raises what the compiler raises: a TPU program that does not fit is an error that says by how much.
     """
     devices = abstract_devices(setting.topology.chip_name, setting.topology.grid)
-    placement = Placement(make_mesh(setting.sizes, devices), rules_for(setting.workload))
+    placement = Placement(make_mesh(setting.sizes, devices), setting.rules)
     begin = time.perf_counter()
     with jax.set_mesh(placement.mesh):
         compiled = lower_step(setting, placement).compile()

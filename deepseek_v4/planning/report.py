@@ -14,7 +14,7 @@ from deepseek_v4.planning.program import Compiled
 def memory_table(plan: Plan, compiled: Compiled | None = None) -> Table:
     """Bytes per device by part; beside what the compiler reported, if it was asked."""
     memory = plan.memory
-    table = Table(title=f"Memory of one device of {plan.setting.topology.name}, {plan.setting.mesh_text}")
+    table = Table(title=f"Memory of one device of {plan.setting.topology.name}, {plan.setting.title}")
     for column in ("part", "bytes", "GiB"):
         table.add_column(column, justify="left" if column == "part" else "right")
     if compiled:
@@ -87,7 +87,7 @@ def search_table(found: Search, count: int = 12) -> Table:
     for plan in found.plans[:count]:
         limits = ", ".join(f"{name} {share:.0%}" for name, share in _shares(plan.by_limit)[:3] if share >= 0.05)
         table.add_row(
-            plan.setting.mesh_text,
+            plan.setting.title,
             f"{plan.memory.argument_bytes / GIB:.2f}",
             f"{plan.memory.peak / GIB:.2f}",
             f"{plan.memory.spare / GIB:.2f}",
@@ -166,7 +166,7 @@ def picture(plans: Sequence[Plan], path: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     first = plans[0]
-    names = [plan.setting.mesh_text.replace(",", "\n") for plan in plans]
+    names = [plan.setting.title.replace(",", "\n") for plan in plans]
     parts = list({name: None for plan in plans for name in (*plan.memory.arguments, *plan.memory.working)})
     bottoms = [0.0] * len(plans)
     for part in parts:
@@ -185,6 +185,6 @@ def picture(plans: Sequence[Plan], path: str) -> None:
         right.barh(stages, times, left=lefts, label=limit)
         lefts = [a + b for a, b in zip(lefts, times, strict=True)]
     right.invert_yaxis()
-    right.set_title(f"Least ms per step by limit, {first.setting.mesh_text}")
+    right.set_title(f"Least ms per step by limit, {first.setting.title}")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)

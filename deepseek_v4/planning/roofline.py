@@ -29,7 +29,7 @@ MEMORY = "HBM"
 class Exchange:
     """A collective of one device over mesh axes.
 
-    ``kind`` is "all-reduce", "all-gather", "reduce-scatter" or "all-to-all", of ``bytes``.
+    ``kind`` is "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "ragged-all-to-all", of ``bytes``.
     """
 
     kind: str
@@ -139,7 +139,7 @@ def _timed(setting: Setting, part: Part) -> Timed:
 def _exchange_seconds(links: Links, exchange: Exchange) -> float:
     if exchange.kind == "all-reduce":
         return links.all_reduce(exchange.bytes)
-    if exchange.kind == "all-to-all":
+    if exchange.kind in ("all-to-all", "ragged-all-to-all"):
         return links.all_to_all(exchange.bytes)
     return links.all_gather(exchange.bytes)
 
@@ -175,7 +175,7 @@ def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, cont
     yield _experts(setting, flat, tokens)
     yield _linears(setting, "shared expert", flat, ("ffn", "shared_experts"), tokens)
     yield Part("shared expert output", exchange=_exchange(setting, "all-reduce", "expert_width", 2 * tokens * d))
-    yield Part("expert outputs", exchange=_exchange(setting, "all-reduce", ("experts", "expert_width"), 4 * tokens * d))
+    yield from _travel(setting, tokens)
     draft = {path: leaf for path, leaf in flat.items() if path[0] in ("e_proj", "h_proj")}
     if draft:
         yield _linears(setting, "draft inputs", draft, ("e_proj",), tokens)
@@ -225,6 +225,7 @@ def _experts(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], to
     config, placement = setting.config, setting.placement
     multiplied, moved = _passes(setting)
     weights = {path: spec for path, spec in flat.items() if path[:2] == ("ffn", "experts")}
+    tokens *= setting.exchange[1]  # of the whole group: their choices come to this device
     share = config.num_experts_per_tok / config.n_routed_experts
     touched = 1 - (1 - share) ** tokens
     products = sum(math.prod(_elements(setting, path, spec)) for path, spec in weights.items() if spec.role == "expert")
@@ -234,6 +235,22 @@ def _experts(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], to
     width = config.moe_intermediate_size // placement.size("expert_width")
     size += choices * (config.hidden_size * (2 + 4) + 3 * 2 * width)
     return Part("routed experts", {"bfloat16": multiplied * 2 * tokens * share * products}, moved * size)
+
+
+def _travel(setting: Setting, tokens: int) -> Iterator[Part]:
+    """Tokens to their experts, where they are elsewhere, and float32 sums back; sums over the shards of an expert."""
+    d, choices = setting.config.hidden_size, setting.config.num_experts_per_tok
+    form, group = setting.exchange
+    if form == "gather":
+        yield Part("tokens to experts", exchange=_exchange(setting, "all-gather", "experts", 2 * group * tokens * d))
+        sums = _exchange(setting, "reduce-scatter", "experts", 4 * group * tokens * d)
+        yield Part("expert outputs", exchange=sums)
+    elif form == "dispatch":
+        for name, size in (("tokens to experts", 2), ("expert outputs", 4)):
+            exchange = _exchange(setting, "ragged-all-to-all", "experts", size * tokens * choices * d)
+            yield Part(name, exchange=exchange)
+    name, summed = ("expert outputs", ("experts", "expert_width")) if form is None else ("expert sums", "expert_width")
+    yield Part(name, exchange=_exchange(setting, "all-reduce", summed, 4 * tokens * d))
 
 
 def _elements(setting: Setting, path: tuple[str, ...], spec: ParameterSpec) -> tuple[int, ...]:

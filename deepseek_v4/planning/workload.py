@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 
 from deepseek_v4.adapters import LoRA
 from deepseek_v4.config import Config
+from deepseek_v4.dispatch import Form
 from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec, layer_specs
 from deepseek_v4.model import Model
@@ -82,17 +83,29 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model on a mesh of a slice, with its work: everything a plan is computed from."""
+    """A model on a mesh of a slice, with its work: everything a plan is computed from.
+
+    ``expert_parallel`` splits the batch over the expert axis too (``Rules.expert_parallel``).
+    """
 
     config: Config
     topology: Topology
     mesh: tuple[tuple[str, int], ...]
     workload: Workload
+    expert_parallel: bool = False
 
     @classmethod
-    def of(cls, config: Config, topology: Topology, mesh: Mapping[str, int], workload: Workload) -> "Setting":
+    def of(
+        cls,
+        config: Config,
+        topology: Topology,
+        mesh: Mapping[str, int],
+        workload: Workload,
+        expert_parallel: bool = False,
+    ) -> "Setting":
         """From sizes by axis (unnamed axes are 1)."""
-        return cls(config, topology, tuple((axis, mesh.get(axis, 1)) for axis in axes_of(mesh)), workload)
+        sizes = tuple((axis, mesh.get(axis, 1)) for axis in axes_of(mesh))
+        return cls(config, topology, sizes, workload, expert_parallel)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -103,6 +116,19 @@ class Setting:
     def mesh_text(self) -> str:
         """As on a command line, axes of one device left out."""
         return ",".join(f"{axis}={size}" for axis, size in self.mesh if size > 1) or f"{MESH_AXES[0]}=1"
+
+    @property
+    def title(self) -> str:
+        """The mesh, and whether tokens travel to their experts."""
+        return self.mesh_text + (", expert-parallel" if self.expert_parallel else "")
+
+    @property
+    def exchange(self) -> tuple[Form | None, int]:
+        """How tokens come to experts (None: they are there), and how many devices are in a group."""
+        group = self.placement.size("experts") if self.expert_parallel else 1
+        if group == 1:
+            return None, 1
+        return self.placement.exchange.form_for(self.rows * self.workload.tokens * group), group
 
     @property
     def rows(self) -> int:
@@ -118,7 +144,15 @@ class Setting:
     def placement(self) -> Placement:
         """The mesh without devices: enough for layouts and bytes."""
         mesh: Any = AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
-        return Placement(mesh, rules_for(self.workload))
+        return Placement(mesh, self.rules)
+
+    @property
+    def rules(self) -> Rules:
+        """Where logical axes go: training cuts what it stores over the batch's axes too."""
+        train = self.workload.phase == "train"
+        if self.expert_parallel:
+            return Rules.expert_parallel(fsdp=train)
+        return Rules(fsdp=Rules().batch) if train else Rules()
 
     def model(self, placement: Placement | None = None) -> Model:
         """The model as it runs there; raises ``MeshError`` where the mesh does not fit it."""
@@ -173,11 +207,6 @@ def _descriptions(config: Config, storage: Storage, adapters: LoRA | None) -> De
     draft = model.draft_specs(model.drafts[0]) if model.drafts else None
     layers = {spec: model.layer_specs(spec) for spec in set(layer_specs(config))}
     return Descriptions(model.parameter_specs(), layers, model.shell_specs(), draft)
-
-
-def rules_for(workload: Workload) -> Rules:
-    """Where logical axes go: training cuts what it stores over the batch's axes too."""
-    return Rules(fsdp=Rules().batch) if workload.phase == "train" else Rules()
 
 
 def size_bytes(shape: tuple[int, ...], dtype: Any) -> int:

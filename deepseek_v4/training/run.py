@@ -176,11 +176,13 @@ def _placement(config: TrainConfig) -> Placement | None:
     if config.mesh is None and jax.device_count() == 1:
         return None
     mesh = make_mesh(config.mesh if config.mesh is not None else {"data": jax.device_count()})
-    placement = Placement(mesh, Rules(fsdp=("data",)) if config.fsdp else Rules())
+    rules = Rules(fsdp=("data",)) if config.fsdp else Rules()
+    placement = Placement(mesh, Rules.expert_parallel(config.fsdp) if config.expert_parallel else rules)
     rows, pieces = config.data.batch_size, placement.size("batch") * config.accumulate
     if rows % pieces:
         raise MeshError(
-            f"data.batch_size {rows} does not divide over data = {placement.size('batch')} times accumulate = "
+            f"data.batch_size {rows} does not divide over {'*'.join(placement.rules.batch)} = "
+            f"{placement.size('batch')} times accumulate = "
             f"{config.accumulate}: expected a multiple of {pieces}; change data.batch_size, accumulate, or the mesh"
         )
     return placement

@@ -66,6 +66,8 @@ class TrainConfig:
     """For example data=4,expert=2,tensor=1. Default: all devices along data."""
     fsdp: bool = False
     """Split parameters and optimizer state over the data axis too, and gather them layer by layer."""
+    expert_parallel: bool = False
+    """Split the batch over the expert axis too: attention is not repeated there, tokens travel to their experts."""
     accumulate: int = 1
     """Pieces that a batch is run in, one after the other, to save memory."""
     remat: Literal["none", "experts", "full"] = "none"
@@ -194,7 +196,7 @@ _FREE = frozenset(
         "export_storage",
     ]
 )
-_ROUNDING = frozenset(["mesh", "fsdp", "accumulate", "remat", "unroll", "implementation"])
+_ROUNDING = frozenset(["mesh", "fsdp", "expert_parallel", "accumulate", "remat", "unroll", "implementation"])
 
 
 def to_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ from types import ModuleType
 import jax
 
 from pallas_kernels.grouped_matmul import gpu, tpu, xla
-from pallas_kernels.grouped_matmul.gradient import Gather, with_gradient
+from pallas_kernels.grouped_matmul.gradient import Exchange, Gather, with_gradient
 from pallas_kernels.grouped_matmul.xla import Adapter
 from pallas_kernels.implementation import choose
 from pallas_kernels.targets import Chip
@@ -33,6 +33,7 @@ def expert_mlp(
     layer: jax.Array | int | None = None,
     adapters: tuple[Adapter | None, Adapter | None, Adapter | None] | None = None,
     gather: Gather | None = None,
+    exchange: Exchange | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The weighted sum of every token's experts: sum_k W2 (r_k * silu(min(W1 x, limit)) * clip(W3 x, +-limit)).
@@ -48,7 +49,8 @@ def expert_mlp(
     With ``layer`` the weights are stacked, with a leading dim of which that index is used. ``adapters`` (a [E, r, in],
     b [E, out, r]) of w1, w2 and w3, of one layer, add b (a input) to their products; kernels do not serve them.
     Gradients reach x, routing weights, adapters and plain weights (see ``gradient``). With ``gather`` weights and
-    adapters are shards, and what is said here holds of what it makes of them.
+    adapters are shards, and what is said here holds of what it makes of them. With ``exchange`` the ids count the
+    experts of a whole group of devices, among which rows are sent to and fro.
     """
     whole = (w1, w2, w3)
     if gather is not None:
@@ -75,4 +77,5 @@ def expert_mlp(
         layer=layer,
         **({} if adapters is None else {"adapters": adapters}),
         **({} if gather is None else {"gather": gather}),
+        **({} if exchange is None else {"exchange": exchange}),
     )

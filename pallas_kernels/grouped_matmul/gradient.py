@@ -6,6 +6,7 @@ at a time; the gradient of an expert's matrix is added in place. The projections
 the forward pass saves them, else computed again. Weights that are gathered are so twice, in the forward and in the
 backward pass, and not kept between the two. A remat policy that keeps ``expert_gate``, ``expert_up`` and
 ``expert_out`` runs no product of the forward pass twice; without the last, which the next operation may need, it does.
+Rows that travel do so again in the backward pass, with their gradients, and their projections are computed again.
 """
 
 from collections.abc import Callable
@@ -33,13 +34,33 @@ class Gather(Protocol):
         ...
 
 
+class Exchange(Protocol):
+    """How rows come to the devices that have their experts, and back: x [N, D], ids and routing weights [N, K]."""
+
+    def forward(self, run: Callable, x: Any, ids: Any, routing: Any, experts: int) -> Any:
+        """float32 [N, D], summed over the choices, of what ``run(x, ids, routing)`` gives for rows of one choice.
+
+        ``ids`` count all experts, ``run`` takes those of this device from 0 to ``experts`` - 1, and others for nothing.
+        """
+        ...
+
+    def backward(
+        self, run: Callable, totals: Any, gradient: Any, x: Any, ids: Any, routing: Any, experts: int
+    ) -> tuple[Any, Any, Any]:
+        """(dx [N, D], drouting [N, K], totals) from that of the result.
+
+        ``run(totals, gradient, x, ids, routing)`` gives them for rows of one choice, all float32, adding to ``totals``.
+        """
+        ...
+
+
 def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable:
     """``forward(x, expert_ids, expert_weights, w1, w2, w3, **static)``, made differentiable as the module says.
 
     ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for.
     """
 
-    def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, gather=None, **static):
+    def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, gather=None, exchange=None, **static):
         plain = w1[1] is None
         matrices = (w1[0], w2[0], w3[0]) if plain else ()
         stored = () if plain else (w1, w2, w3)
@@ -53,12 +74,18 @@ def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable
 
         @jax.custom_vjp
         def run(*inputs):
-            positional, keywords = arguments(*inputs)
-            return forward(*positional, **keywords)
+            (x, ids, routing, *weights), keywords = arguments(*inputs)
+            if exchange is None:
+                return forward(x, ids, routing, *weights, **keywords)
+
+            def run_rows(x, ids, routing):
+                return forward(x, ids, routing, *weights, **keywords)
+
+            return exchange.forward(run_rows, x, ids, routing, weights[0][0].shape[-3])
 
         def run_forward(*inputs):
-            if saving is None:
-                return run(*inputs), (inputs, None)
+            if saving is None or exchange is not None:
+                return checkpoint_name(run(*inputs), "expert_out"), (inputs, None)
             positional, keywords = arguments(*inputs)
             out, (gate, up) = saving(*positional, **keywords)
             return checkpoint_name(out, "expert_out"), (
@@ -68,18 +95,30 @@ def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable
 
         def run_backward(residuals, gradient):
             inputs, saved = residuals
-            positional, keywords = arguments(*inputs)
-            dx, drouting, dmatrices, dadapters = _gradients(gradient, saved, *positional, **keywords)
-            _, _, matrices, adapters, _, _, layer = inputs
+            (x, ids, routing, *weights), keywords = arguments(*inputs)
+            totals = _zero_gradients(weights, keywords.get("adapters"))
+
+            def run_rows(totals, gradient, x, ids, routing):
+                return _gradients(totals, gradient, saved, x, ids, routing, *weights, **keywords)
+
+            if exchange is None:
+                dx, drouting, totals = run_rows(totals, gradient, x, ids, routing)
+            else:
+                dx, drouting, totals = exchange.backward(
+                    run_rows, totals, gradient.astype(x.dtype), x, ids, routing, weights[0][0].shape[-3]
+                )
+            dmatrices = tuple(d for d, _ in totals) if plain else ()
+            dadapters = None if adapters is None else tuple(d for _, d in totals)
+            _, _, matrices, given, _, _, layer = inputs
             if gather is not None:
                 dmatrices, dadapters = gather.scatter(dmatrices, dadapters)
             elif layer is not None:
                 dmatrices = tuple(_in_stack(d, m, layer) for d, m in zip(dmatrices, matrices, strict=True))
             dmatrices, dadapters = (
                 jax.tree.map(lambda d, a: d.astype(a.dtype), found, stored)
-                for found, stored in ((dmatrices, matrices), (dadapters, adapters))
+                for found, stored in ((dmatrices, matrices), (dadapters, given))
             )
-            return dx, drouting, dmatrices, dadapters, None, None, None
+            return dx.astype(x.dtype), drouting.astype(routing.dtype), dmatrices, dadapters, None, None, None
 
         run.defvjp(run_forward, run_backward)
         return run(x, expert_weights, matrices, adapters, expert_ids, stored, layer)
@@ -87,7 +126,20 @@ def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable
     return call
 
 
+def _zero_gradients(weights, adapters):
+    """float32 zeros for the gradients of w1, w2, w3 (None if packed) and of the adapters of each (a, b), or None."""
+
+    def zeros(arrays):
+        return tuple(jnp.zeros(a.shape[-3:], jnp.float32) for a in arrays)
+
+    return tuple(
+        (zeros(weight[:1])[0] if weight[1] is None else None, adapter and zeros(adapter))
+        for weight, adapter in zip(weights, adapters or (None, None, None), strict=True)
+    )
+
+
 def _gradients(
+    totals,
     gradient,
     saved,
     x,
@@ -99,6 +151,7 @@ def _gradients(
     layer,
     adapters=None,
 ):
+    """(dx, drouting, totals), float32; to ``totals``, as ``_zero_gradients`` makes them, those of weights are added."""
     linears, experts = expert_linears(weights, layer, adapters)
     blocks, rows = cut(expert_ids, expert_weights, experts)
     used, assignment = blocks.table(rows)
@@ -135,26 +188,11 @@ def _gradients(
         )
         return drows, drouting, totals
 
-    shapes = [
-        (w.weight.shape[-2:] if plain else None, w.adapter and tuple(a.shape[1:] for a in w.adapter)) for w in linears
-    ]
-    start = (
-        jnp.zeros((*used.shape, x.shape[-1]), jnp.float32),
-        jnp.zeros(used.shape, jnp.float32),
-        tuple(
-            (
-                jnp.zeros((experts, *matrix), jnp.float32) if plain else None,
-                adapter and tuple(jnp.zeros((experts, *shape), jnp.float32) for shape in adapter),
-            )
-            for matrix, adapter in shapes
-        ),
-    )
+    start = (jnp.zeros((*used.shape, x.shape[-1]), jnp.float32), jnp.zeros(used.shape, jnp.float32), totals)
     drows, drouting, totals = lax.fori_loop(0, blocks.used, block, start)
     dx = sum_of_choices(drows, used, assignment, tokens, choices)
     drouting = jnp.zeros(tokens * choices).at[jnp.where(used, assignment, tokens * choices)].set(drouting, mode="drop")
-    dmatrices = tuple(d for d, _ in totals) if plain else ()
-    dadapters = None if adapters is None else tuple(d for _, d in totals)
-    return dx.astype(dtype), drouting.reshape(tokens, choices).astype(expert_weights.dtype), dmatrices, dadapters
+    return dx, drouting.reshape(tokens, choices), totals
 
 
 def _linear_gradients(dout, rows, matrix: Matrix, plain):

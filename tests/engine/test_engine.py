@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tiny_checkpoint import write_tiny_checkpoint
 
-from deepseek_v4 import Execution, Model, Placement, make_mesh
+from deepseek_v4 import Execution, Model, Placement, Rules, make_mesh
 from deepseek_v4.checkpoint import open_checkpoint
+from deepseek_v4.dispatch import Exchange
 from deepseek_v4.engine import Engine, Pool, Request, cache_bytes, slots_within
 from deepseek_v4.tokenizer import Tokenizer
 
@@ -22,8 +23,8 @@ def checkpoint(tmp_path_factory):
     return open_checkpoint(write_tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
 
 
-def build(checkpoint, mesh=None):
-    placement = None if mesh is None else Placement(make_mesh(mesh))
+def build(checkpoint, mesh=None, **options):
+    placement = None if mesh is None else Placement(make_mesh(mesh), **options)
     model = Model(checkpoint.config, checkpoint.storage, Execution("float32", placement=placement))
     return model, checkpoint.load(model)
 
@@ -195,9 +196,12 @@ def test_slots_within_a_budget_are_exact(tiny):
     assert slots_within(model, row - 1, 256, 0) == 0
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
-def test_a_mesh_changes_nothing(checkpoint, greedy, sampled, mesh):
-    engine = make_engine(build(checkpoint, mesh), slots=3, chunks=(64,))
+@pytest.mark.parametrize("rules", [Rules(), Rules.expert_parallel()], ids=["repeated", "travelling"])
+def test_a_mesh_changes_nothing(checkpoint, greedy, sampled, rules):
+    exchange = Exchange("dispatch", rows=64)  # several rounds for a piece of a prompt
+    engine = make_engine(
+        build(checkpoint, "data=2,expert=2,tensor=2", rules=rules, exchange=exchange), slots=3, chunks=(64,)
+    )
     assert engine.pools[0].slots == 4
     assert collect(engine, make_requests()) == greedy
     assert collect(engine, make_requests(**WARM)) == sampled

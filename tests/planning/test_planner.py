@@ -112,6 +112,27 @@ def test_kernels_read_index_keys_alone_and_share_out_queries():
     assert "index score sums" not in one
 
 
+def test_tokens_that_travel_are_counted_in_closed_form():
+    chip, d, choices = CHIPS["h200"], 4096, 6
+
+    def of(work):
+        case = Setting.of(FLASH, parse_topology("h200:8"), parse_mesh("expert=8"), work, expert_parallel=True)
+        return parts(stages(case), "HCA")
+
+    # Eight tokens are gathered in bfloat16, and their float32 sums scattered; a device has the rows of its sequence.
+    few = of(Workload("decode", 8, 1 << 17))
+    for name, kind, size in (("tokens to experts", "all-gather", 2), ("expert outputs", "reduce-scatter", 4)):
+        assert few[name].limit == f"{kind} over expert (NVLink)"
+        assert few[name].seconds == pytest.approx(size * 8 * d * 7 / 8 / chip.link_bandwidth + HOP_SECONDS)
+    experts = 32 * (1 - (1 - 6 / 256) ** 8) * 3 * 4096 * 2048 * 17 / 32
+    assert few["routed experts"].seconds == pytest.approx((experts + 6 * (d * 6 + 6 * 2048)) / chip.hbm_bandwidth)
+    many = of(Workload("prefill", 8, 4096, chunk=4096))
+    for name, size in (("tokens to experts", 2), ("expert outputs", 4)):
+        assert many[name].limit == "ragged-all-to-all over expert (NVLink)"
+        sent = size * 4096 * choices * d * 7 / 8
+        assert many[name].seconds == pytest.approx(sent / chip.link_bandwidth + HOP_SECONDS)
+
+
 def test_more_tokens_move_the_limit_from_memory_to_arithmetic():
     few = parts(stages(setting("h200:8", "expert=8", Workload("prefill", 1, 4096, chunk=16))), "HCA")
     many = parts(stages(setting("h200:8", "expert=8", Workload("prefill", 8, 4096, chunk=4096))), "HCA")
@@ -137,11 +158,15 @@ def test_search_ranks_what_fits_first_and_explains():
     assert fits == sorted(fits, reverse=True)
     times = [p.seconds for p in found.plans if p.memory.fits]
     assert times == sorted(times)
-    assert {p.setting.mesh_text for p in found.plans}.isdisjoint(dict(found.illegal))
-    assert len(found.plans) + len(found.illegal) == len(list(meshes(16))) == 35
+    assert {p.setting.title for p in found.plans}.isdisjoint(dict(found.illegal))
+    # Every mesh, and those that split experts and not a context with tokens that travel too.
+    travelling = [mesh for mesh in meshes(16) if mesh["expert"] > 1 and mesh["context"] == 1]
+    assert len(list(meshes(16))) == 35
+    assert len(found.plans) + len(found.illegal) == 35 + len(travelling)
+    assert any(p.setting.expert_parallel for p in found.plans)
     text = "\n".join(explain(found))
-    assert found.plans[0].setting.mesh_text in text
-    assert found.plans[1].setting.mesh_text in text
+    assert found.plans[0].setting.title in text
+    assert found.plans[1].setting.title in text
     assert "o_groups" in text
 
 
@@ -258,6 +283,7 @@ def test_committed_pod_files_are_what_the_planner_writes(path):
     written = json.loads(path.read_text())
     work = Workload(**written["workload"])
     options = next(iter(written["options"].values()))
-    case = setting(written["topology"], options["mesh"], work, Config.from_file(_CONFIGS / written["model"]))
+    config, travel = Config.from_file(_CONFIGS / written["model"]), options.get("expert-parallel", False)
+    case = Setting.of(config, parse_topology(written["topology"]), parse_mesh(options["mesh"]), work, travel)
     assert pod_file(written["model"], plan(case)) == written
     assert written["predicted"]["peak_bytes"] <= written["predicted"]["usable_bytes"]

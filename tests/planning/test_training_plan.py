@@ -39,9 +39,11 @@ def test_training_keeps_masters_and_moments_cut_over_data():
     assert 0 < lora["frozen weights"] < 0.4 * whole["trained weights"]
 
 
+@pytest.mark.parametrize("travel", [False, True])
 @pytest.mark.parametrize("lora", [None, 4])
-def test_arguments_of_a_plan_are_those_of_the_step(lora):
+def test_arguments_of_a_plan_are_those_of_the_step(lora, travel):
     case = setting("h200:8", "data=2,expert=2,tensor=2", Workload("train", 4, 640, lora=lora))
+    case = dataclasses.replace(case, expert_parallel=travel)
     leaves = jax.tree.leaves(step_arguments(case, case.placement))
     sizes = [jnp.dtype(a.dtype).itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in leaves]
     assert memory(case).argument_bytes == sum(sizes)

@@ -1,6 +1,7 @@
 """Parameters cut over the data axis as well: what is computed stays the same, and nothing is whole for long."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -13,6 +14,7 @@ from small_models import small_config, small_model
 from deepseek_v4 import RELEASED, Execution, MeshError, Model, Placement, Rules, make_mesh
 from deepseek_v4.adapters import LoRA
 from deepseek_v4.checkpoint import load_params, save_params
+from deepseek_v4.dispatch import BY_SIZE, Exchange
 from deepseek_v4.nn.variables import MASTER, Weight
 from deepseek_v4.parameters import flatten, map_specs
 from deepseek_v4.training import lora, merging
@@ -31,9 +33,9 @@ WINDOWS = small_config((0, 0), mtp=False, **SIZES)
 RULES = Rules(fsdp=("data",))
 
 
-def placed(model: Model, params, rules=RULES, mesh="data=4,expert=2"):
+def placed(model: Model, params, rules=RULES, mesh="data=4,expert=2", exchange=BY_SIZE):
     """The model on eight devices, and its parameters there."""
-    execution = dataclasses.replace(model.execution, placement=Placement(make_mesh(mesh), rules))
+    execution = dataclasses.replace(model.execution, placement=Placement(make_mesh(mesh), rules, exchange))
     sharded = dataclasses.replace(model, execution=execution)
     return sharded, jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, sharded.abstract_params())
 
@@ -70,11 +72,29 @@ def loss_and_gradient(model: Model, params):
     return run(trained, frozen), run.as_text()
 
 
-@pytest.mark.parametrize("case", [full_training, adapters_beside_packed_weights])
-def test_loss_and_gradients_are_those_of_one_device(case):
+@functools.cache
+def one_device(case):
     model, params = case()
-    expected, _ = loss_and_gradient(model, params)
-    sharded, cut = placed(model, params)
+    return model, params, loss_and_gradient(model, params)[0]
+
+
+# Tensor shards that are cut further; with a batch over experts, in the gather and in the dispatch form, in two rounds.
+ALL = "data=2,expert=2,tensor=2"
+TRAVEL = Rules.expert_parallel(fsdp=True)
+LAYOUTS = [
+    (full_training, RULES, "data=4,expert=2", BY_SIZE),
+    (adapters_beside_packed_weights, RULES, "data=4,expert=2", BY_SIZE),
+    (adapters_beside_packed_weights, RULES, ALL, BY_SIZE),
+    (full_training, TRAVEL, ALL, Exchange("gather")),
+    (full_training, TRAVEL, ALL, Exchange("dispatch", rows=200)),
+    (adapters_beside_packed_weights, TRAVEL, ALL, Exchange("dispatch", rows=200)),
+]
+
+
+@pytest.mark.parametrize(("case", "rules", "mesh", "exchange"), LAYOUTS)
+def test_loss_and_gradients_are_those_of_one_device(case, rules, mesh, exchange):
+    model, params, expected = one_device(case)
+    sharded, cut = placed(model, params, rules, mesh, exchange)
     (loss, gradient), text = loss_and_gradient(sharded, cut)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
     wanted = dict(jax.tree_util.tree_leaves_with_path(sharded.abstract_params()))
@@ -90,8 +110,11 @@ def test_loss_and_gradients_are_those_of_one_device(case):
         for shape in re.findall(r"= (\S+) all-gather(?:-start)?\(", text)
         for dims in re.findall(r"\[([\d,]+)\]", shape)
     ]
-    gathered = [math.prod(shape) for shape in shapes]
-    share = CONFIG.n_routed_experts // 2 * CONFIG.moe_intermediate_size * CONFIG.hidden_size
+    # Where there is no ragged all-to-all, rows that travel are gathered: 3 choices of 40 tokens of a device, and back.
+    rows = [(2, count, CONFIG.hidden_size) for count in (3 * 40, exchange.rows)]
+    gathered = [math.prod(shape) for shape in shapes if len(shape) > 2 and shape not in rows]
+    tensor = sharded.execution.placement.size("expert_width")
+    share = CONFIG.n_routed_experts // 2 * CONFIG.moe_intermediate_size // tensor * CONFIG.hidden_size
     assert max(gathered) == (share if model.adapters is None else share // 2)
     if model.adapters is None:
         # w1, w2 and w3, in the loop over layers and in the draft, forward and backward.

@@ -1,0 +1,152 @@
+"""Expert groups over axes of the batch: tokens travel to experts, and nothing changes but where things are computed."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from small_models import compiled
+
+from deepseek_v4 import MeshError, Placement, Rules, make_mesh
+from deepseek_v4.dispatch import MOST_GATHERED, Exchange, ragged_all_to_all
+from deepseek_v4.formats import simulate_fp8
+from pallas_kernels.grouped_matmul import expert_mlp
+
+EXPERTS, CHOICES, WIDTH, HIDDEN = 8, 3, 256, 64
+
+
+def placed(mesh="data=2,expert=4", fsdp=False, **exchange):
+    return Placement(make_mesh(mesh), Rules.expert_parallel(fsdp), Exchange(**exchange))
+
+
+def inputs(tokens=48, ids=None, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    if ids is None:
+        ids = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)])
+    x = jnp.asarray(rng.normal(size=(tokens, WIDTH)), dtype)
+    routing = jnp.asarray(rng.random((tokens, CHOICES)), jnp.float32)
+    shapes = ((EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
+    weights = tuple(jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32) for shape in shapes)
+    return x, jnp.asarray(ids, jnp.int32), routing, weights
+
+
+def run(placement, x, ids, routing, weights):
+    call = functools.partial(expert_mlp, limit=1.0)
+    pairs = tuple((w, None) for w in weights)
+    if placement is None:
+        return call(x, ids, routing, *pairs)
+    axes = [(("experts", *names), None) for names in (("expert_width", "embed"), ("embed", "expert_width"))]
+    axes = [axes[0], axes[1], axes[0]]
+
+    def local(x, ids, routing, layer, *weights, **moved):
+        return call(x, ids, routing, *weights, **moved)
+
+    return placement.run_experts(local, x, ids, routing, jnp.asarray(0), pairs, axes)
+
+
+ROUTINGS = {
+    "mixed": None,
+    "one expert": np.full((48, CHOICES), 5),
+    "one device": np.tile([6, 7, 6], (48, 1)),
+    "nothing for some": np.tile(np.arange(48)[:, None] % 2, (1, CHOICES)),
+}
+
+
+@pytest.mark.parametrize("rows", [7, 1 << 14], ids=["many rounds", "one round"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_dispatch_has_the_bits_of_one_device(routing, rows):
+    arguments = inputs(ids=ROUTINGS[routing])
+    expected = compiled(functools.partial(run, None))(*arguments)
+    found = compiled(functools.partial(run, placed(form="dispatch", rows=rows)))(*arguments)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_gathered_tokens_give_the_same_sums():
+    arguments = inputs()
+    expected = compiled(functools.partial(run, None))(*arguments)
+    for mesh in ("data=2,expert=4", "data=2,expert=2,tensor=2"):
+        for form in ("gather", "dispatch"):
+            found = compiled(functools.partial(run, placed(mesh, form=form)))(*arguments)
+            # Sums of at most 2 * 3 float32 numbers of order 1, in another order.
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("routing", ["mixed", "one device"])
+def test_gradients_are_those_of_one_device(routing):
+    x, ids, routing_weights, weights = inputs(ids=ROUTINGS[routing])
+
+    def loss(placement, x, routing_weights, weights):
+        return jnp.sum(jnp.sin(run(placement, x, ids, routing_weights, weights)))
+
+    def gradient(placement):
+        return compiled(jax.grad(functools.partial(loss, placement), argnums=(0, 1, 2)))(x, routing_weights, weights)
+
+    expected = gradient(None)
+    found = gradient(placed(form="dispatch", rows=20))
+    # Rows and routing weights have one device's bits; a matrix sums its rows in rounds, float32 in another order.
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    for a, b in zip(found[2], expected[2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_rows_sent_in_fp8_are_those_that_are_simulated():
+    x, ids, routing, weights = inputs(dtype=jnp.bfloat16)
+    expected = compiled(functools.partial(run, None))(simulate_fp8(x, 128), ids, routing, weights)
+    fp8 = placed(form="dispatch", sent="fp8")
+    np.testing.assert_array_equal(compiled(functools.partial(run, fp8))(x, ids, routing, weights), expected)
+    rounded = compiled(functools.partial(run, placed(form="dispatch", sent="fp8", returned="bfloat16")))
+    # Each of the three results of a token is rounded to 8 bits.
+    atol = CHOICES * 2**-8 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(rounded(x, ids, routing, weights), expected, rtol=0, atol=atol)
+
+
+def test_the_twin_of_the_ragged_exchange_moves_what_it_says():
+    rng = np.random.default_rng(1)
+    group, rows, room = 4, 12, 24
+    sizes = rng.integers(0, 4, (group, group))  # by sender and receiver
+    sizes[2] = 0
+    first = np.cumsum(sizes, axis=1) - sizes
+    begin = np.cumsum(sizes, axis=0) - sizes + 3
+    operand = rng.normal(size=(group, rows, 2)).astype(np.float32)
+    output = rng.normal(size=(group, room, 2)).astype(np.float32)
+    expected = output.copy()
+    for sender in range(group):
+        for receiver in range(group):
+            a, b, n = first[sender, receiver], begin[sender, receiver], sizes[sender, receiver]
+            expected[receiver, b : b + n] = operand[sender, a : a + n]
+    # Two mesh axes, counted as the mesh does.
+    mesh = Mesh(np.array(jax.devices()[:group]).reshape(2, 2), ("a", "b"))
+    spec = PartitionSpec(("a", "b"))
+
+    def move(*arrays):
+        arrays = [array[0] for array in arrays]
+        return ragged_all_to_all(*arrays, axis_name=("a", "b"), native=False)[None]
+
+    arguments = operand, output, first, sizes, begin, sizes.T
+    moved = jax.shard_map(move, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec, check_vma=False)
+    np.testing.assert_array_equal(compiled(moved)(*map(jnp.asarray, arguments)), expected)
+
+
+def test_few_tokens_are_gathered_and_many_dispatched():
+    assert Exchange().form_for(MOST_GATHERED) == "gather"
+    assert Exchange().form_for(MOST_GATHERED + 1) == "dispatch"
+    assert Exchange("dispatch").form_for(1) == "dispatch"
+
+
+def test_rounds_bound_what_a_device_receives():
+    """Whatever the routing: no array of the program has more rows than a round or a device's own assignments."""
+    arguments = inputs(tokens=512)
+    text = compiled(functools.partial(run, placed(form="dispatch", rows=64))).lower(*arguments).as_text()
+    assert "stablehlo.all_gather" in text
+    own = 512 // 8 * CHOICES
+    rows = {int(n) for n in re.findall(rf"tensor<(\d+)x{WIDTH}xf32>", text)}
+    assert max(rows - {512}) == own, rows
+
+
+def test_groups_of_half_an_expert_axis_are_refused():
+    with pytest.raises(MeshError, match="some but not all"):
+        Rules(batch=("data",), experts=("data", "expert"), vocab=())
