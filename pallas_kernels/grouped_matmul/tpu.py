@@ -58,7 +58,7 @@ CANDIDATES = (
     DEFAULT_TILES,
     *(
         Tiles(width=width, rows=rows, down=down)
-        for width in (128, 256, 512)
+        for width in (256, 512)
         for rows in (128, 256, 512)
         for down in (512, 1024)
         if (width, rows, down) != (256, 256, 1024)
