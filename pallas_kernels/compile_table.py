@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import ptx
 from pallas_kernels.registry import Case, Operation
 from pallas_kernels.targets import Chip, abstract_devices, chip
 
@@ -24,8 +27,9 @@ class Report:
     """One row of the table. Sizes in bytes; ``fallback`` is why the kernel does not serve this target, if it does not.
 
     ``error`` is the compiler's first line when it refused; ``fast_memory`` the most VMEM any one kernel of the program
-    takes; ``temporaries`` HBM scratch of one device; ``copies`` instructions whose result is as large as a protected
-    argument; ``devices`` how many share the rows.
+    takes; ``registers`` what the kernels of a GPU program take, where there is an assembler to ask; ``temporaries`` HBM
+    scratch of one device; ``copies`` instructions whose result is as large as a protected argument; ``devices`` how
+    many share the rows.
     """
 
     operation: str
@@ -37,6 +41,7 @@ class Report:
     error: str | None = None
     seconds: float = 0.0
     fast_memory: int | None = None
+    registers: ptx.Registers | None = None
     temporaries: int | None = None
     copies: tuple[str, ...] = ()
 
@@ -79,7 +84,8 @@ def compile_case(
     mesh = Mesh(np.array(devices(target)[:count]), ("device",))
     start = time.perf_counter()
     try:
-        compiled = lower(operation, case, implementation, mesh).compile()
+        lowered = lower(operation, case, implementation, mesh)
+        compiled, registers = _compiled(lowered, None if where.platform == "tpu" else ptx.assembler())
     except Exception as error:
         # Whatever the compiler threw, the table goes on; the row carries the message.
         message = f"{type(error).__name__}: {_first_line(str(error))}"
@@ -92,8 +98,18 @@ def compile_case(
         seconds=seconds,
         fast_memory=used_fast_memory(text),
         temporaries=None if memory is None else int(memory.temp_size_in_bytes),
+        registers=registers,
         copies=copies_of(text, [a for name in case.protected for a in _per_device(case, name, count)]),
     )
+
+
+def _compiled(lowered: jax.stages.Lowered, ptxas: str | None) -> tuple[jax.stages.Compiled, ptx.Registers | None]:
+    """The program, and what ``ptxas`` says of its kernels, if there is one."""
+    if ptxas is None:
+        return lowered.compile(), None
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": directory})
+        return compiled, ptx.registers(Path(directory), ptxas)
 
 
 def devices_needed(case: Case, target: Chip) -> int:

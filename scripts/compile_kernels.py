@@ -74,7 +74,8 @@ def main(options: Options) -> int:
 def table(rows: list[Report]) -> Table:
     """The rows as a rich table, one line each."""
     names = (
-        "chip,devices,operation,shape,runs as,compiles,seconds,VMEM MiB,HBM temp MiB,bytes MB,GFLOP,roofline us,bound"
+        "chip,devices,operation,shape,runs as,compiles,seconds,VMEM MiB/registers,HBM temp MiB,bytes MB,GFLOP,"
+        "roofline us,bound"
     )
     result = Table(*names.split(","), title="Kernels compiled ahead of time", row_styles=("", "dim"))
     for column in result.columns[6:12]:
@@ -91,7 +92,7 @@ def table(rows: list[Report]) -> Table:
             row.implementation if row.fallback is None else f"xla ({row.fallback})",
             status,
             f"{row.seconds:.1f}" if row.seconds else "",
-            "" if row.fast_memory is None else f"{row.fast_memory / 2**20:.1f}",
+            _on_chip(row),
             "" if row.temporaries is None else f"{row.temporaries / 2**20:.2f}",
             f"{cost.bytes_moved / 1e6:,.2f}",
             f"{cost.total_operations / 1e9:,.2f}",
@@ -99,6 +100,13 @@ def table(rows: list[Report]) -> Table:
             "memory" if memory_bound else "compute",
         )
     return result
+
+
+def _on_chip(row: Report) -> str:
+    """MiB of VMEM of a TPU kernel; registers of a GPU thread, and bytes of them that were spilled to memory."""
+    if row.registers is not None:
+        return f"{row.registers.most}" + (f" +{row.registers.spilled} B" if row.registers.spilled else "")
+    return "" if row.fast_memory is None else f"{row.fast_memory / 2**20:.1f}"
 
 
 if __name__ == "__main__":
