@@ -16,15 +16,15 @@ class Blocks:
     None may depend on the batch or on a cache's capacity: a row's bits would.
     """
 
-    heads: int = 64
+    heads: int = 32
     keys: int = 32
     warps: int = 8
     stages: int = 2
     split: int = 1024
 
 
-# Sizes that compile within the chips' shared memory and registers; nothing was measured.
-TABLE: Mapping[str, Blocks] = MappingProxyType({"h200": Blocks(), "b200": Blocks(heads=32)})
+# Sizes that compile within the chips' shared memory and (but for a few bytes) registers; nothing was measured.
+TABLE: Mapping[str, Blocks] = MappingProxyType({"h200": Blocks(), "b200": Blocks()})
 
 
 def blocks_for(chip: Chip | None, heads: int) -> Blocks:

@@ -31,8 +31,8 @@ _TOKENS = 16
 _SPAN = 512
 """Most channels of a program, a power of two. The order of a token's sums depends on it and on ``_PRODUCT``."""
 
-_PRODUCT = 64
-"""Channels at a time."""
+_PRODUCT = 32
+"""Channels at a time: with more, registers spill."""
 
 
 @dataclasses.dataclass(frozen=True)
