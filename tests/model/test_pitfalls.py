@@ -253,7 +253,7 @@ def hyper_connections() -> None:
     rng = np.random.default_rng(0)
     streams = rng.normal(size=(1, 5, 4, 32)).astype(np.float32) * np.array([1, 2, 3, 4], np.float32)[:, None]
     y = rng.normal(size=(1, 5, 32)).astype(np.float32)
-    x, post, comb = layer.block._pre("attn", jnp.asarray(streams), layer.execution)
+    x, post, comb = layer.block._mix(block.pre_mix, "attn", {"streams": jnp.asarray(streams)}, layer.execution)
     wanted, wanted_post, wanted_comb = layer.oracle.mix("layers.0.hc_attn", streams[0].astype(np.float64))
     close(x[0], wanted)
     found = block.post_mix(jnp.asarray(y), jnp.asarray(streams), post, comb)
@@ -687,11 +687,11 @@ BUGS = [
         every_kind,
     ),
     Bug(11, "bfloat16 angles", swap(rope, "apply_rope", low_precision_angles), rotation),
-    Bug(12, "previous lane zeroed in decode", swap(compressor, "ring_read", stale_lane_zeroed), chunks),
+    Bug(12, "previous lane zeroed in decode", swap(compress_xla, "ring_read", stale_lane_zeroed), chunks),
     Bug(
         13,
         "state lost between chunks",
-        swap(compressor, "ring_read", lambda o: lambda *a: jnp.zeros_like(o(*a))),
+        swap(compress_xla, "ring_read", lambda o: lambda *a: jnp.zeros_like(o(*a))),
         chunks,
     ),
     Bug(13, "state lost in rollback", state_kept_for(rollback=0), roll_back),
@@ -830,7 +830,7 @@ BUGS = [
     Bug(
         43,
         "FP4 requantised in larger blocks",
-        swap(formats, "dequantize_fp4", coarser_blocks),
+        swap(grouped_xla, "dequantize_fp4_planes", coarser_blocks),
         fp4_experts_of_several_blocks,
     ),
     Bug(46, "draft from collapsed streams", swap(block.DraftBlock, "combine", after_head), drafts),
