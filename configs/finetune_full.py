@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/finetune_full.py --model DIR --data.paths chats.jsonl --mesh data=8 --fsdp
 
-Weights are used from the first step on as the export will hold them (mode qat), so that the export is what was
-evaluated, bit for bit. The float32 masters and the optimizer's state take 12 bytes per parameter (Muon: 8) over all
+Weights are used from the first step on as the export will hold them (mode qat), bit for bit: the export is the model
+that was evaluated. The float32 masters and the optimizer's state take 12 bytes per parameter (Muon: 8) over all
 devices: see deepseek_v4/training/step.py for remat and accumulate, which save activations.
 """
 
