@@ -12,7 +12,7 @@ from jax.extend import core
 def dot_operations(function: Callable, *args: Any) -> Counter[tuple[str, ...]]:
     """Operations of every ``dot_general`` that ``function(*args)`` runs, by what they multiply.
 
-    A multiply-add is two operations. The body of a scan counts as often as it runs, of a conditional the branch with
+    A multiply-add is two operations. What has no matrix on one side, a weighted sum, is no product. The body of a scan counts as often as it runs, of a conditional the branch with
     the most operations; a ``while`` whose trip count the trace does not know is refused with ``ValueError``, as are
     Pallas kernels, whose products a trace does not show. Keys are the shapes and dtypes of the operands.
     """
@@ -24,8 +24,11 @@ def _count(jaxpr: core.Jaxpr) -> Counter[tuple[str, ...]]:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
+            contracting, batch = params["dimension_numbers"]
             left, right = (_array(v) for v in equation.invars)
+            if any(len(c) + len(b) == a.ndim for c, b, a in zip(contracting, batch, (left, right), strict=True)):
+                continue
+            contracted = contracting[0]
             depth = math.prod(left.shape[axis] for axis in contracted)
             key = tuple(f"{a.dtype}{list(a.shape)}" for a in (left, right))
             total[key] += 2 * depth * math.prod(_array(equation.outvars[0]).shape)
