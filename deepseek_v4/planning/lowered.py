@@ -12,9 +12,10 @@ from jax.extend import core
 def dot_operations(function: Callable, *args: Any) -> Counter[tuple[str, ...]]:
     """Operations of every ``dot_general`` that ``function(*args)`` runs, by what they multiply.
 
-    A multiply-add is two operations. What has no matrix on one side, a weighted sum, is no product. The body of a scan counts as often as it runs, of a conditional the branch with
-    the most operations; a ``while`` whose trip count the trace does not know is refused with ``ValueError``, as are
-    Pallas kernels, whose products a trace does not show. Keys are the shapes and dtypes of the operands.
+    A multiply-add is two operations; what has no matrix on one side, a weighted sum, is no product. The body of a scan
+    counts as often as it runs, of a conditional the branch with the most operations; a ``while`` whose trip count the
+    trace does not know is refused with ``ValueError``, as are Pallas kernels, whose products a trace does not show.
+    Keys are the shapes and dtypes of the operands.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
