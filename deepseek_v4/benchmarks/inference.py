@@ -40,7 +40,7 @@ class InferenceBenchmark:
     prefill: int = 2048
     """Tokens of the prompt that is only read."""
     new_tokens: int = 32
-    """Tokens that are decoded."""
+    """Tokens that are decoded after the first, which comes with the prompt."""
     drafts: int = 0
     """Drafts per step, on our side."""
     contexts: tuple[int, ...] = ()
@@ -171,7 +171,7 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
     figures["bandwidth"] = copy_bandwidth()
 
     def engine_for(batch: int, length: int, chunk: int) -> Engine:
-        pool = Pool(batch, length + args.new_tokens)
+        pool = Pool(batch, length + args.new_tokens + 1)
         engine = Engine(model, params, [pool], chunks=(chunk,), drafts=args.drafts)
         engine.compile()
         return engine
@@ -184,7 +184,8 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
     for batch, length in itertools.product(args.batches, args.prompts):
         engine = engine_for(batch, length, min(length, 2048))
         # The model may end an answer at any time: what is counted is what was decoded.
-        requests = [Request(tuple(p), args.new_tokens) for p in _prompts(vocab, batch, length)]
+        # The first token comes from reading the prompt.
+        requests = [Request(tuple(p), args.new_tokens + 1) for p in _prompts(vocab, batch, length)]
         found = [_decoding(engine, requests) for _ in range(3)]
         key = f"{batch} {length}"
         figures[f"decode {key}"] = max(rate for rate, _, _ in found)
@@ -200,24 +201,21 @@ def _ours(args: InferenceBenchmark) -> dict[str, Any]:
 def _decoding(engine, requests) -> tuple[float, float, float]:
     """Tokens per second, and per step seconds and host seconds, of requests that decode together after their prompts.
 
-    A step counts as long as every request is running.
+    A step costs the same when some have ended. Raises ``ValueError`` if all had ended when the last one began.
     """
     for request in requests:
         engine.submit(request)
-    first: dict[int, float] = {}
-    while len(first) < len(requests):
-        first |= {update.request_id: 0.0 for update in engine.step()}
-    before, begin = dataclasses.replace(engine.statistics), time.perf_counter()
-    tokens, rate, step, host = 0, 0.0, 0.0, 0.0
+    started: set[int] = set()
+    while len(started) < len(requests):
+        started |= {update.request_id for update in engine.step()}
+    if engine.idle:
+        raise ValueError("every answer ended before all had begun: nothing to time; give more --new-tokens or other --prompts")
+    before, begin, tokens = dataclasses.replace(engine.statistics), time.perf_counter(), 0
     while not engine.idle:
-        updates = engine.step()
-        tokens += sum(len(update.token_ids) for update in updates)
-        now, seconds = engine.statistics, time.perf_counter() - begin
-        rate = tokens / seconds
-        if not any(update.finish_reason for update in updates):
-            steps = now.steps - before.steps
-            step, host = seconds / steps, (now.host_seconds - before.host_seconds) / steps
-    return rate, step, host
+        tokens += sum(len(update.token_ids) for update in engine.step())
+    seconds, now = time.perf_counter() - begin, engine.statistics
+    steps = now.steps - before.steps
+    return tokens / seconds, seconds / steps, (now.host_seconds - before.host_seconds) / steps
 
 
 def decode_bytes(model, batch: int, context: int) -> int:
@@ -285,10 +283,10 @@ def _transformers(args: InferenceBenchmark) -> dict[str, Any]:
             for _ in range(2 if length <= 512 else 1):
                 out = model(ids, use_cache=True, logits_to_keep=1)
                 begin = synchronised()
-                for _ in range(args.new_tokens - 1):
+                for _ in range(args.new_tokens):
                     token = out.logits[:, -1].argmax(-1, keepdim=True)
                     out = model(token, past_key_values=out.past_key_values, use_cache=True)
-                rates.append(batch * (args.new_tokens - 1) / (synchronised() - begin))
+                rates.append(batch * args.new_tokens / (synchronised() - begin))
             figures[f"decode {batch} {length}"] = max(rates)
     return figures
 

@@ -137,7 +137,7 @@ class Setting:
 
     @property
     def scores_stay(self) -> bool:
-        """Whether a kernel selects entries: index scores then never leave a chip, and it needs whole heads."""
+        """Whether a kernel selects entries: index scores then never leave a chip, and split heads exchange queries."""
         return self.topology.chip.platform == "tpu" and self.workload.phase != "train" and self.workload.cache != "fp8"
 
     @functools.cached_property

@@ -65,7 +65,7 @@ class TrainConfig:
     mesh: str | None = None
     """For example data=4,expert=2,tensor=1. Default: all devices along data."""
     fsdp: bool = False
-    """Split parameters and optimizer state over the data axis too, and gather them layer by layer."""
+    """Split parameters and optimizer state over the axes of the batch too, and gather them layer by layer."""
     expert_parallel: bool = False
     """Split the batch over the expert axis too: attention is not repeated there, tokens travel to their experts."""
     accumulate: int = 1

@@ -26,6 +26,7 @@ from pallas_kernels import gpu_decode
 from pallas_kernels.block_scaled_matmul.blocks import Blocks
 from pallas_kernels.grouped_matmul import blocks as row_blocks
 from pallas_kernels.grouped_matmul.gpu_blocks import blocks_for
+from pallas_kernels.grouped_matmul.unserved import unserved_inputs
 from pallas_kernels.targets import Chip, current_chip
 
 _INPUTS = FP8_BLOCK
@@ -45,18 +46,11 @@ class Plan:
 
 def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple, *, adapted: bool = False) -> str | None:
     """Why the kernels cannot serve a call, or None: bfloat16 rows, dims that are multiples of 128, and no adapters."""
-    if adapted:
-        return "the kernel has no adapters"
-    if x.dtype != jnp.bfloat16:
-        return f"rows are {x.dtype}; the kernel multiplies bfloat16"
-    weight, scale = w1
-    if scale is None and weight.dtype != jnp.bfloat16:
-        return f"unquantised weights are {weight.dtype}; the kernel multiplies bfloat16"
-    hidden, width = w2[0].shape[-2], weight.shape[-2]
+    if (reason := unserved_inputs(x, w1, adapted=adapted)) is not None:
+        return reason
+    hidden, width = w2[0].shape[-2], w1[0].shape[-2]
     if hidden % _INPUTS or width % _INPUTS:
         return f"hidden size {hidden} and expert width {width} must be multiples of {_INPUTS}"
-    if x.shape[0] == 0:
-        return "there are no rows"
     return None
 
 

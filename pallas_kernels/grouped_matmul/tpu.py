@@ -22,6 +22,7 @@ from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 from pallas_kernels.grouped_matmul.cost import kernel_bytes
+from pallas_kernels.grouped_matmul.unserved import unserved_inputs
 from pallas_kernels.targets import Chip, current_chip
 from pallas_kernels.tuned import tuned
 
@@ -108,19 +109,12 @@ class Plan:
 
 def unserved(chip: Chip | None, x: jax.Array, w1: tuple, w2: tuple, *, adapted: bool = False) -> str | None:
     """Why the kernel cannot serve a call, or None: bfloat16 rows, dims in whole tiles, and no adapters."""
-    if adapted:
-        return "the kernel has no adapters"
-    if x.dtype != jnp.bfloat16:
-        return f"rows are {x.dtype}; the kernel multiplies bfloat16"
-    weight, scale = w1
-    if scale is None and weight.dtype != jnp.bfloat16:
-        return f"unquantised weights are {weight.dtype}; the kernel multiplies bfloat16"
-    hidden, width = w2[0].shape[-2], weight.shape[-2]
+    if (reason := unserved_inputs(x, w1, adapted=adapted)) is not None:
+        return reason
+    hidden, width = w2[0].shape[-2], w1[0].shape[-2]
     tile = tuned("expert_mlp", chip, shape_class(*w1), DEFAULT_TILES).width * (1 if chip is None else chip.cores)
     if hidden % 512 or width % tile:
         return f"hidden size {hidden} and expert width {width} must be multiples of 512 and {tile}"
-    if x.shape[0] == 0:
-        return "there are no rows"
     return None
 
 
