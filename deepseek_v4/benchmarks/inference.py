@@ -209,7 +209,9 @@ def _decoding(engine, requests) -> tuple[float, float, float]:
     while len(started) < len(requests):
         started |= {update.request_id for update in engine.step()}
     if engine.idle:
-        raise ValueError("every answer ended before all had begun: nothing to time; give more --new-tokens or other --prompts")
+        raise ValueError(
+            "every answer ended before all had begun: nothing to time; give more --new-tokens or other --prompts"
+        )
     before, begin, tokens = dataclasses.replace(engine.statistics), time.perf_counter(), 0
     while not engine.idle:
         tokens += sum(len(update.token_ids) for update in engine.step())
