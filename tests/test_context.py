@@ -17,6 +17,7 @@ from deepseek_v4.cache import ENTRIES
 from deepseek_v4.engine import Engine, Pool, PrefixStore, Request
 from deepseek_v4.engine.state import cache_bytes, device_cache_bytes
 from deepseek_v4.sharding import parse_mesh
+from pallas_kernels import shares
 from pallas_kernels.compressed_attention import compressed_attention, merge
 from pallas_kernels.index_topk import index_topk
 
@@ -44,6 +45,12 @@ def small() -> SmallModel:
     return small_model(CONFIG, seed=5)
 
 
+def in_blocks(monkeypatch, queries: int, numbers: int) -> None:
+    """Parts in blocks of so many queries, of ``numbers`` per query of the call."""
+    monkeypatch.setattr(merge, "_QUERY_BLOCK", queries)
+    monkeypatch.setattr(merge, "PART_NUMBERS", queries * numbers)
+
+
 # --- the operations ---------------------------------------------------------------------------------------------------
 
 
@@ -64,16 +71,21 @@ def shards(count: int):
     return run
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["all merge all", "shares of queries"])
 @pytest.mark.parametrize(("count", "k"), [(2, 5), (4, 5), (8, 5), (8, 40)])
-def test_merged_topk_is_the_unsplit_one_with_all_its_ties(count: int, k: int) -> None:
+def test_merged_topk_is_the_unsplit_one_with_all_its_ties(count: int, k: int, few: bool, monkeypatch) -> None:
     """Small integers are exact in float32, and tie all the time; 40 is more than a device's 3 keys, and than all 24."""
+    if not few:
+        monkeypatch.setattr(shares, "FEW", 0)
     rng = np.random.default_rng(k)
-    batch, queries, heads, entries, width = 2, 7, 3, 24, 4
+    batch, queries, heads, entries, width = 4, 7, 3, 24, 4
     q = rng.integers(-1, 2, (batch, queries, heads, width)).astype(np.float32)
     weights = rng.integers(-2, 3, (batch, queries, heads)).astype(np.float32)
     keys = rng.integers(-1, 2, (1, batch, entries, width)).astype(np.float32)
-    counts = np.array([[0, 1, 3, 4, 11, 12, 24], [24, 24, 23, 9, 6, 5, 0]])
-    expected = np.full((batch, queries, min(k, entries)), -1)
+    counts = np.array([[0, 1, 3, 4, 11, 12, 24], [24, 24, 23, 9, 6, 5, 0], [24] * 7, [2, 0, 24, 13, 1, 24, 7]])
+    if not few:  # 24 rows divide over all numbers of devices
+        q, weights, counts = q[:, :6], weights[:, :6], counts[:, :6]
+    expected = np.full((*counts.shape, min(k, entries)), -1)
     for b, t in np.ndindex(counts.shape):
         scores = [weights[b, t] @ np.maximum(q[b, t] @ key, 0) for key in keys[0, b, : counts[b, t]]]
         best = sorted(range(counts[b, t]), key=lambda s: (-scores[s], s))[:k]
@@ -88,11 +100,15 @@ def test_merged_topk_is_the_unsplit_one_with_all_its_ties(count: int, k: int) ->
 
 
 @pytest.mark.parametrize("kind", ["CSA", "HCA"])
-@pytest.mark.parametrize(("length", "few"), [(1, True), (3, True), (3, False)])  # all join all parts, or a share
-def test_parts_are_one_softmax_with_one_window_and_one_sink(kind: str, length: int, few: bool, monkeypatch) -> None:
-    if not few:
-        monkeypatch.setattr(merge, "_FEW", 0)
+@pytest.mark.parametrize(
+    ("length", "few", "block"), [(1, True, 0), (3, True, 0), (3, False, 0), (7, False, 2)]
+)  # all join all parts, or a share, of two queries at a time
+def test_parts_are_one_softmax_with_one_window_and_one_sink(kind, length, few, block, monkeypatch) -> None:
     window_size, heads, width, entries, count = 5, 4, 16, 24, 4
+    if not few:
+        monkeypatch.setattr(shares, "FEW", 0)
+    if block:
+        in_blocks(monkeypatch, block, 3 * heads * (width + 2))
     rng = np.random.default_rng(length)
     start = np.array([0, 3, 70])
     q = rng.normal(size=(3, length, heads, width)).astype(np.float32)
@@ -137,9 +153,13 @@ def test_kernels_that_cannot_refuse() -> None:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def test_chunks_and_decode_over_every_boundary_equal_one_full_pass(small) -> None:
+@pytest.mark.parametrize("blocks", [False, True], ids=["all joined by all", "blocks joined in shares"])
+def test_chunks_and_decode_over_every_boundary_equal_one_full_pass(small, blocks, monkeypatch) -> None:
     """Ragged rows, prefilled by pieces and decoded across 4 and 128, with drafts that are taken back."""
     rows, length = 3, 520
+    if blocks:  # 131 queries are two blocks and a part of one
+        monkeypatch.setattr(shares, "FEW", 0)
+        in_blocks(monkeypatch, 64, rows * CONFIG.num_attention_heads // 2 * (CONFIG.head_dim + 2))
     tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (rows, length))
     full = np.asarray(compiled(lambda p, t: small.model.forward(p, t).logits)(small.params, tokens))
     model, params = on_mesh(small, "tensor=2,context=4")

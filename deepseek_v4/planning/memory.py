@@ -13,6 +13,7 @@ from deepseek_v4.nn.variables import Weight
 from deepseek_v4.parameters import ParameterSpec, is_spec
 from deepseek_v4.planning.layout import tiled_bytes
 from deepseek_v4.planning.workload import BATCH, Setting, leaves_per_device, size_bytes
+from pallas_kernels.compressed_attention.merge import PART_NUMBERS
 
 GIB = 1 << 30
 
@@ -113,8 +114,8 @@ def _inference_working(setting: Setting) -> dict[str, int]:
     heads = config.num_attention_heads // placement.size("heads")
     attention = 3 * tokens * heads * config.head_dim * 2
     if placement.mesh_axes("entries"):
-        # Float32 parts of a softmax: made, joined to rows, sent, received.
-        attention += 4 * tokens * heads * (config.head_dim + 2) * 4
+        # Float32 parts of a softmax, of a block of queries: made, joined to rows, sent, received.
+        attention += 4 * min(tokens * heads * (config.head_dim + 2), PART_NUMBERS) * 4
     experts = tokens * config.num_experts_per_tok * (d * 2 + config.moe_intermediate_size * 2) + 2 * tokens * d * 4
     activations = 4 * streams + max(attention, experts, _index_scores(setting))
     linears = sorted(

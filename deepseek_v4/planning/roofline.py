@@ -21,6 +21,7 @@ from deepseek_v4.planning.memory import is_trained, trained_specs, travelling_by
 from deepseek_v4.planning.topology import Links
 from deepseek_v4.planning.workload import Setting, size_bytes
 from pallas_kernels.compressed_attention.cost import attention_cost
+from pallas_kernels.shares import FEW
 
 MEMORY = "HBM"
 
@@ -169,7 +170,10 @@ def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, cont
         yield from _index(setting, spec, context)
     yield _attention(setting, spec, context)
     if spec.compress_ratio:
-        yield _attention_parts(setting, tokens)
+        # Float32 parts of a softmax.
+        heads = config.num_attention_heads // placement.size("heads")
+        size = tokens * heads * config.head_dim
+        yield from _joined(setting, "attention parts", size + 2 * tokens * heads, size * _activation_bytes())
     yield Part("attention output", exchange=_exchange(setting, "all-reduce", "o_groups", 2 * tokens * d))
     yield _linears(setting, "router", flat, ("ffn", "gate"), tokens)
     yield _experts(setting, flat, tokens)
@@ -282,13 +286,14 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
     return Part("attention", operations, moved * cost.bytes_moved)
 
 
-def _attention_parts(setting: Setting, tokens: int) -> Part:
-    """Float32 parts of a softmax: all go to all devices if they are few, else a share, whose results do."""
-    config, shards = setting.config, setting.placement.size("entries")
-    heads = config.num_attention_heads // setting.placement.size("heads")
-    part = 4 * tokens * heads * (config.head_dim + 2)
-    received = min(part * shards, part + 2 * tokens * heads * config.head_dim)
-    return Part("attention parts", exchange=_exchange(setting, "all-gather", "entries", received))
+def _joined(setting: Setting, name: str, numbers: int, result: int) -> Iterator[Part]:
+    """What ``pallas_kernels.shares.joined`` exchanges of a device's 32-bit ``numbers``, joined to ``result`` bytes."""
+    shards = setting.placement.size("entries")
+    if numbers * shards <= FEW:
+        yield Part(name, exchange=_exchange(setting, "all-gather", "entries", 4 * numbers * shards))
+    else:
+        yield Part(name, exchange=_exchange(setting, "all-to-all", "entries", 4 * numbers))
+        yield Part(f"joined {name}", exchange=_exchange(setting, "all-gather", "entries", result))
 
 
 def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
@@ -302,7 +307,7 @@ def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
     multiplied, moved = _passes(setting)
     shards = placement.size("entries")
     entries = max(1, work.context // spec.compress_ratio // shards)
-    tokens = setting.rows * work.tokens
+    tokens, best = setting.rows * work.tokens, min(config.index_topk, entries * shards)
     split, width = placement.size("index_heads"), config.index_head_dim
     keys: float = setting.rows * entries * width * _activation_bytes()
     operations: float = multiplied * 2 * tokens * entries * config.index_n_heads * width
@@ -317,14 +322,14 @@ def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
             yield Part("index queries", exchange=_exchange(setting, "all-gather", "index_heads", queries))
         else:
             yield Part("index queries", exchange=_exchange(setting, "all-to-all", "index_heads", queries / split))
-            selected = 4 * tokens * min(config.index_topk, entries)
-            yield Part("selected entries", exchange=_exchange(setting, "all-gather", "index_heads", selected))
+            yield Part("selected entries", exchange=_exchange(setting, "all-gather", "index_heads", 4 * tokens * best))
+            tokens //= split
     else:
         scores = 4 * tokens * entries
         yield Part("index scores", {"bfloat16": operations / split}, moved * (keys + 2 * scores))
         yield Part("index score sums", exchange=_exchange(setting, "all-reduce", "index_heads", scores))
-    candidates = 8 * tokens * min(config.index_topk, entries) * shards
-    yield Part("index candidates", exchange=_exchange(setting, "all-gather", "entries", candidates))
+    candidates = 2 * tokens * min(config.index_topk, entries)
+    yield from _joined(setting, "index candidates", candidates, 4 * tokens * best)
 
 
 def _shell(setting: Setting, shell: Mapping[str, Any]) -> Iterator[Part]:
