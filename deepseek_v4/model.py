@@ -26,6 +26,7 @@ from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.formats import from_bytes, sliceable
 from deepseek_v4.layer_spec import LayerSpec, ScanGroup, draft_specs, layer_specs, scan_groups
+from deepseek_v4.nn.mixing import Unmixed, mixed, unmixed
 from deepseek_v4.nn.variables import RELEASED, Packed, Storage
 from deepseek_v4.parameters import (
     ParameterSpec,
@@ -274,6 +275,7 @@ class Model:
         embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
         drafted = block.combine(execution.constrain(embedded, ("batch", None, None)), streams, execution)
         drafted, member, _ = block(drafted, tokens.before(), cache["drafts"][0], 0, execution, None)
+        drafted = mixed(drafted, execution)
         logits = shell.head(block.output(drafted, execution), jnp.float32)
         return logits[:, 0], drafted, {**cache, "drafts": (member,)}
 
@@ -343,7 +345,10 @@ class Model:
         execution = self.execution
         embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
         embedded = execution.constrain(embedded, ("batch", None, None))
-        streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
+        # What a backward pass keeps of every layer is smaller where the last output is mixed in.
+        streams: jax.Array | Unmixed = unmixed(embedded, self.config.hc_mult)
+        if remat is not None:
+            streams = mixed(streams, execution)
         caches, observed = [], []
         for index, group in enumerate(self.groups):
             group_cache = None if cache is None else cache["groups"][index]
@@ -353,7 +358,7 @@ class Model:
             )
             caches.append(group_cache)
             observed.append(seen)
-        return embedded, streams, tuple(caches), tuple(observed)
+        return embedded, mixed(streams, execution), tuple(caches), tuple(observed)
 
     def _used(self, specs: Params, params: Params) -> Params:
         """Parameters of one layer as modules take them: rounded as ``quantise`` says, gathered if they are cut."""
@@ -378,7 +383,7 @@ class Model:
             layer_params = nest(flatten(jax.tree.map(from_bytes, params, types[index])) | whole[index])
             block = nnx.merge(graphs[index], self._used(specs[index], layer_params))
             streams, cache, seen = block(streams, tokens, cache, layer, self.execution, chosen)
-            return self.execution.constrain(streams, ("batch", None, None, None)), cache, seen
+            return (streams if remat is None else mixed(streams, self.execution)), cache, seen
 
         def body(carry, inputs):
             streams, cache = carry
@@ -413,6 +418,7 @@ class Model:
         draft_streams = block.combine(embedded, shifted, execution)
         member = None if cache is None else cache["drafts"][0]
         draft_streams, member, seen = block(draft_streams, tokens.before(), member, 0, execution, chosen)
+        draft_streams = mixed(draft_streams, execution)
         updates = {}
         if cache is not None:
             slots = cache["streams"].shape[1]

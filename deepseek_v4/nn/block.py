@@ -11,12 +11,12 @@ from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.attention import Attention
 from deepseek_v4.nn.linear import Linear
-from deepseek_v4.nn.mixing import on_own_tokens
+from deepseek_v4.nn.mixing import Unmixed, on_own_tokens
 from deepseek_v4.nn.moe import MoE
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
 from deepseek_v4.positions import Tokens
-from pallas_kernels.hyper_connection import head_mix, post_mix, pre_mix, seam
+from pallas_kernels.hyper_connection import head_mix, pre_mix, seam
 
 
 class Block(nnx.Module):
@@ -38,24 +38,27 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        streams: jax.Array,
+        streams: jax.Array | Unmixed,
         tokens: Tokens,
         cache: dict[str, jax.Array] | None,
         layer: jax.Array | int,
         execution: Execution,
         chosen: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None, dict[str, jax.Array]]:
-        """streams [B, S, n, d] to the same shape, the updated cache, and what training asked for.
+    ) -> tuple[Unmixed, dict[str, jax.Array] | None, dict[str, jax.Array]]:
+        """Streams [B, S, n, d], or what the block before left of them, to the same, the updated cache, and what
+        training asked for.
 
         ``chosen`` [B, S, K], if given, are the experts to use.
         """
-        x, post, comb = self._mix(pre_mix, "attn", {"streams": streams}, execution)
+        if isinstance(streams, Unmixed):
+            streams, x, post, comb = self._mix(seam, "attn", streams._asdict(), execution)
+        else:
+            x, post, comb = self._mix(pre_mix, "attn", {"streams": streams}, execution)
         y, cache, observed = self.attn(self.attn_norm(x), tokens, cache, layer, execution)
-        ended = {"y": y, "streams": streams, "post": post, "comb": comb}
-        streams, x, post, comb = self._mix(seam, "ffn", ended, execution)
+        ended = Unmixed(y, streams, post, comb)
+        streams, x, post, comb = self._mix(seam, "ffn", ended._asdict(), execution)
         y, routed = self.ffn(self.ffn_norm(x), tokens, layer, execution, chosen)
-        ended = {"y": y, "streams": streams, "post": post, "comb": comb}
-        return on_own_tokens(post_mix, ended, {}, execution), cache, observed | routed
+        return Unmixed(y, streams, post, comb), cache, observed | routed
 
     def _mix(
         self, operation: Callable, sublayer: str, of_tokens: dict[str, jax.Array], execution: Execution

@@ -1,12 +1,46 @@
-"""The hyper-connections of a block where they can run as kernels: on each device's own tokens."""
+"""The hyper-connections between sublayers: what one hands to the next, and kernels on each device's own tokens."""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_v4.execution import Execution
+from pallas_kernels.hyper_connection import post_mix
+
+
+class Unmixed(NamedTuple):
+    """The output of a sublayer beside the residual streams it is still to be mixed into: what ``post_mix`` takes.
+
+    y [B, S, d] and streams [B, S, n, d] of activations; post [B, S, n] and comb [B, S, n, n] float32. The sublayer that
+    comes next mixes in the same pass in which it reads the streams (``seam``), across layers too.
+    """
+
+    y: jax.Array
+    streams: jax.Array
+    post: jax.Array
+    comb: jax.Array
+
+
+def unmixed(embedded: jax.Array, n: int) -> Unmixed:
+    """The embedded tokens [B, S, d] as the output that becomes each of the n streams: those of ``repeat``, exactly."""
+    tokens = embedded.shape[:2]
+    return Unmixed(
+        embedded,
+        jnp.zeros((*tokens, n, embedded.shape[-1]), embedded.dtype),
+        jnp.ones((*tokens, n), jnp.float32),
+        jnp.zeros((*tokens, n, n), jnp.float32),
+    )
+
+
+def mixed(streams: jax.Array | Unmixed, execution: Execution) -> jax.Array:
+    """The residual streams [B, S, n, d], whatever was still to be mixed into them."""
+    whole: jax.Array = (
+        on_own_tokens(post_mix, streams._asdict(), {}, execution) if isinstance(streams, Unmixed) else streams
+    )
+    return execution.constrain(whole, ("batch", None, None, None))
 
 
 def on_own_tokens(

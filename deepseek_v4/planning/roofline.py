@@ -189,13 +189,18 @@ def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, cont
 
 
 def _mixing(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], tokens: int) -> Part:
-    """mHC: every sublayer reads the streams to mix its input, and reads and writes them to mix its output back."""
+    """mHC: between two sublayers, one reading and one writing of the streams, of what ended and of what begins.
+
+    Training mixes at the end of every layer, for the sake of what it keeps: that is one reading more.
+    """
     config = setting.config
     multiplied, moved = _passes(setting)
     weights = [spec for path, spec in flat.items() if spec.role == "hyper" and path[0].startswith("hc_")]
     products = sum(math.prod(setting.used_shard(spec)) for spec in weights)
-    streams = tokens * config.hc_mult * config.hidden_size * _activation_bytes()
-    size = 2 * 3 * streams + sum(_bytes(setting, spec) for spec in weights)
+    row = tokens * config.hidden_size * _activation_bytes()
+    streams = config.hc_mult * row
+    readings = 2 + (setting.workload.phase == "train")
+    size = (readings + 2) * streams + 4 * row + sum(_bytes(setting, spec) for spec in weights)
     return Part("residual streams", {"float32": multiplied * 2 * tokens * products}, moved * size)
 
 

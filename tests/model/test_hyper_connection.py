@@ -1,10 +1,15 @@
 """Hyper-connections against a float64 loop, and the properties the paper gives them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import Oracle
+from small_models import small_config
 
+from deepseek_v4 import Execution, Model
+from deepseek_v4.nn.mixing import mixed, unmixed
+from deepseek_v4.positions import Training
 from pallas_kernels.hyper_connection import head_mix, post_mix, pre_mix
 
 N, D, LENGTH = 4, 24, 10
@@ -100,3 +105,29 @@ def test_one_stream_of_any_size_is_normalised_with_the_others() -> None:
     _, other, _ = pre(values | {"streams": one})
     np.testing.assert_allclose(same, post, atol=1e-5)
     assert np.abs(other - post).max() > 0.1
+
+
+def test_embedded_tokens_become_every_stream() -> None:
+    embedded = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, D)), jnp.bfloat16)
+    streams = mixed(unmixed(embedded, N), Execution("bfloat16"))
+    np.testing.assert_array_equal(streams, np.repeat(np.asarray(embedded)[:, :, None], N, axis=2))
+
+
+@pytest.mark.parametrize("remat", [None, "full"])
+def test_one_pass_over_the_streams_between_two_sublayers(remat: str | None) -> None:
+    """As many kernel calls as passes: two in the body of each group's loop, one at the end; more where layers end."""
+    model = Model(
+        small_config((4, 4, 4), mtp=False), execution=Execution("bfloat16", implementation="tpu_interpret|xla")
+    )
+    ids = jnp.zeros((1, 8), jnp.int32)
+
+    def run(params):
+        if remat is None:
+            return model.forward(params, ids).logits
+        return model.hidden(params, ids, training=Training(jnp.ones((1, 8), bool)), remat=remat).main
+
+    program = str(jax.make_jaxpr(run)(model.abstract_params()))
+    found = {name: program.count(f"name=hyper_connection_{name}") for name in ("pre_mix", "seam", "post_mix")}
+    bodies = sum(len(group.pattern) for group in model.groups)
+    apart = {"pre_mix": bodies, "seam": bodies, "post_mix": bodies + 1}
+    assert found == ({"pre_mix": 0, "seam": 2 * bodies, "post_mix": 1} if remat is None else apart)

@@ -31,7 +31,7 @@ from deepseek_v4 import config as config_module
 from deepseek_v4 import layer_spec as layer_spec_module
 from deepseek_v4 import model as model_module
 from deepseek_v4.layer_spec import RopeSpec, layer_spec, layer_specs
-from deepseek_v4.nn import attention, block, compressor, indexer, moe
+from deepseek_v4.nn import attention, block, compressor, indexer, mixing, moe
 from deepseek_v4.nn.variables import MASTER, RELEASED, Storage
 from deepseek_v4.parameters import block_module
 from deepseek_v4.positions import Tokens
@@ -256,7 +256,7 @@ def hyper_connections() -> None:
     x, post, comb = layer.block._mix(block.pre_mix, "attn", {"streams": jnp.asarray(streams)}, layer.execution)
     wanted, wanted_post, wanted_comb = layer.oracle.mix("layers.0.hc_attn", streams[0].astype(np.float64))
     close(x[0], wanted)
-    found = block.post_mix(jnp.asarray(y), jnp.asarray(streams), post, comb)
+    found = mixing.post_mix(jnp.asarray(y), jnp.asarray(streams), post, comb)
     mixed = wanted_post[..., None] * y[0][:, None] + np.einsum("sjk,sjd->skd", wanted_comb, streams[0].astype(float))
     close(found[0], mixed)
 
@@ -779,7 +779,7 @@ BUGS = [
     Bug(
         29,
         "comb not transposed",
-        swap(block, "post_mix", lambda o: lambda y, s, post, comb, **k: o(y, s, post, jnp.swapaxes(comb, -1, -2), **k)),
+        swap(mixing, "post_mix", lambda o: lambda y, s, post, comb, **k: o(y, s, post, comb.swapaxes(-1, -2), **k)),
         hyper_connections,
     ),
     Bug(30, "rows and columns exchanged", swap(hyper_xla, "sinkhorn", lambda o: rows_last), hyper_connections),
