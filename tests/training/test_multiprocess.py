@@ -12,6 +12,7 @@ from deepseek_v4 import Placement, make_mesh
 from deepseek_v4.distributed import Processes, batch_share, start
 
 MESH = ("--mesh", "data=4,expert=2", "--fsdp")
+TRAVEL = ("--mesh", "data=2,expert=2,tensor=2", "--fsdp", "--expert-parallel")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,13 @@ def finish(processes, code=0):
     return [out + err for out, err in said]
 
 
-def test_two_processes_train_as_one(place):
-    one, two = place.directory / "one", place.directory / "two"
-    exports = [place.directory / f"{name}-export" for name in ("one", "two")]
-    place.run("--output", str(one), "--export", str(exports[0]), *MESH, "--simulate-devices", "8")
-    first, second = finish(start_two(place, "--output", str(two), "--export", str(exports[1]), *MESH))
+@pytest.mark.parametrize("mesh", [MESH, pytest.param(TRAVEL, marks=pytest.mark.slow)], ids=["FSDP", "and experts"])
+def test_two_processes_train_as_one(place, mesh):
+    name = f"{len(mesh)}-"
+    one, two = place.directory / f"{name}one", place.directory / f"{name}two"
+    exports = [place.directory / f"{name}{which}-export" for which in ("one", "two")]
+    place.run("--output", str(one), "--export", str(exports[0]), *mesh, "--simulate-devices", "8")
+    first, second = finish(start_two(place, "--output", str(two), "--export", str(exports[1]), *mesh))
     assert "2 processes" in first
     assert "step 10 of 10, complete" in first
     assert "training data" not in second  # only one of them speaks
