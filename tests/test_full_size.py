@@ -1,4 +1,4 @@
-"""The released models at full size through the real TPU compiler, beside their plans: no chip, nothing timed."""
+"""The released models at full size through the real compilers, beside their plans: no chip, nothing timed."""
 
 import importlib.util
 import json
@@ -15,15 +15,18 @@ from deepseek_v4.layer_spec import draft_specs, layer_specs
 _ROOT = Path(__file__).resolve().parents[1]
 _MIB = 1 << 20
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra: tpu)"
-)
+
+def needs(topology):
+    """The package that has the compiler of a slice's chips, and the extra that has the package."""
+    module, extra = ("jax_cuda13_plugin", "gpu") if topology[0] in "hb" else ("libtpu", "tpu")
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"{module} is not installed (extra: {extra})")
 
 
 def case(model, topology, mesh, workload, batch, context, limit, slow=True):
     """``limit``: GiB of temporaries that the compiler may need."""
     name = f"{model}-{workload}-{topology}-{context >> 10}K"
-    marks = [pytest.mark.slow] if slow else []
+    marks = [needs(topology), *([pytest.mark.slow] if slow else [])]
     return pytest.param(model, topology, mesh, workload, batch, context, limit, id=name, marks=marks)
 
 
@@ -31,7 +34,10 @@ CASES = [
     case("flash", "v6e:4x4", "expert=8,tensor=2", "decode", 1, 65536, 0.25, slow=False),
     case("flash", "v6e:4x4", "expert=8,tensor=2", "prefill", 2, 65536, 1.75),
     case("flash", "v6e:2x4", "expert=2,tensor=4", "decode", 1, 1 << 20, 0.75),
+    case("flash", "v6e:2x4", "context=8", "prefill", 1, 1 << 20, 1.25),
     case("pro", "v7x:2x4x4", "data=4,expert=4,tensor=4", "decode", 8, 1 << 20, 4.0),
+    case("flash", "h200:8", "data=4,tensor=2", "prefill", 4, 1 << 20, 0.75),
+    case("pro", "b200:8", "tensor=8", "prefill", 1, 1 << 20, 1.0),
 ]
 
 

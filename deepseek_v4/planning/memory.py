@@ -143,9 +143,12 @@ def _index_scores(setting: Setting) -> int:
     if not ratios or setting.scores_stay:
         return 0
     entries = max(1, work.context // min(ratios) // setting.placement.size("entries"))
-    heads = config.index_n_heads // setting.placement.size("index_heads")
-    block = max(1, min(work.tokens, INDEX_BLOCK // (setting.rows * heads * entries)))
-    return 3 * 4 * setting.rows * block * entries
+    split, share = setting.placement.size("index_heads"), setting.index_share
+    heads = config.index_n_heads // (1 if share else split)
+    tokens = work.tokens // (split if share == "queries" else 1)
+    rows = setting.rows // (split if share == "rows" else 1)
+    block = max(1, min(tokens, INDEX_BLOCK // (rows * heads * entries)))
+    return 3 * 4 * rows * block * entries
 
 
 def _rings(setting: Setting, group: Any) -> int:

@@ -304,9 +304,9 @@ def _joined(setting: Setting, name: str, numbers: int, result: int) -> Iterator[
 def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
     """Index scores of every entry that the cache has room for, and the top-k over them: written and read once.
 
-    Where a kernel selects, only the keys are read, those that are visible, and devices that have a part of the heads
-    each share out queries, or rows, instead. Where they have a part of the entries each, they exchange the best of
-    them, a score and an index each.
+    Where a kernel selects, only the keys are read, and those that are visible. Devices that have a part of the heads
+    each share out queries, or rows; where neither divides, a kernel scores all on each, and the twin adds up scores, as
+    in training. Devices that have a part of the entries each exchange the best of them, a score and an index each.
     """
     config, work, placement = setting.config, setting.workload, setting.placement
     multiplied, moved = _passes(setting)
@@ -316,23 +316,24 @@ def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
     split, width = placement.size("index_heads"), config.index_head_dim
     keys: float = setting.rows * entries * width * _activation_bytes()
     operations: float = multiplied * 2 * tokens * entries * config.index_n_heads * width
+    queries = tokens * config.index_n_heads * (width * _activation_bytes() + 4)
+    share = setting.index_share
+    operations /= split if share or not setting.scores_stay else 1
+    keys /= split if share == "rows" else 1
     if setting.scores_stay:
         visible = min(1.0, max(1, context // spec.compress_ratio // shards) / entries)
-        over_queries, over_rows = work.tokens % split == 0, setting.rows % split == 0
-        operations *= visible / (split if over_queries or over_rows else 1)
-        keys *= visible / (split if over_rows and not over_queries else 1)
-        yield Part("index scores", {"bfloat16": operations}, keys)
-        queries = tokens * config.index_n_heads * (width * _activation_bytes() + 4)
-        if not (over_queries or over_rows):
-            yield Part("index queries", exchange=_exchange(setting, "all-gather", "index_heads", queries))
-        else:
-            yield Part("index queries", exchange=_exchange(setting, "all-to-all", "index_heads", queries / split))
-            yield Part("selected entries", exchange=_exchange(setting, "all-gather", "index_heads", 4 * tokens * best))
-            tokens //= split
+        yield Part("index scores", {"bfloat16": operations * visible}, keys * visible)
     else:
-        scores = 4 * tokens * entries
-        yield Part("index scores", {"bfloat16": operations / split}, moved * (keys + 2 * scores))
-        yield Part("index score sums", exchange=_exchange(setting, "all-reduce", "index_heads", scores))
+        scores = 4 * tokens * entries / (split if share else 1)
+        yield Part("index scores", {"bfloat16": operations}, moved * (keys + 2 * scores))
+        if not share:
+            yield Part("index score sums", exchange=_exchange(setting, "all-reduce", "index_heads", scores))
+    if share:
+        yield Part("index queries", exchange=_exchange(setting, "all-to-all", "index_heads", queries / split))
+        yield Part("selected entries", exchange=_exchange(setting, "all-gather", "index_heads", 4 * tokens * best))
+        tokens //= split
+    elif setting.scores_stay:
+        yield Part("index queries", exchange=_exchange(setting, "all-gather", "index_heads", queries))
     candidates = 2 * tokens * min(config.index_topk, entries)
     yield from _joined(setting, "index candidates", candidates, 4 * tokens * best)
 

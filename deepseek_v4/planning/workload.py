@@ -137,8 +137,18 @@ class Setting:
 
     @property
     def scores_stay(self) -> bool:
-        """Whether a kernel selects entries: index scores then never leave a chip, and split heads exchange queries."""
+        """Whether a kernel selects entries: index scores are then never in memory."""
         return self.topology.chip.platform == "tpu" and self.workload.phase != "train" and self.workload.cache != "fp8"
+
+    @property
+    def index_share(self) -> Literal["queries", "rows"] | None:
+        """What devices with a part of the index heads each share out, to have all heads of it (None: nothing)."""
+        split = self.placement.size("index_heads")
+        if split == 1 or self.workload.phase == "train":
+            return None
+        if self.workload.tokens % split == 0:
+            return "queries"
+        return "rows" if self.rows % split == 0 else None
 
     @functools.cached_property
     def placement(self) -> Placement:

@@ -10,12 +10,10 @@ from pallas_kernels.implementation import choose
 from pallas_kernels.index_topk import merge, tpu, xla
 
 _IMPLEMENTATIONS: dict[str, Callable] = {
-    "xla": xla.index_topk,
+    "xla": functools.partial(merge.twin_topk, xla.ranked_topk),
     "tpu": functools.partial(merge.kernel_topk, tpu.ranked_topk),
     "tpu_interpret": functools.partial(merge.kernel_topk, tpu.interpreted),
 }
-
-_SPLIT = _IMPLEMENTATIONS | {"xla": functools.partial(merge.split_topk, xla.ranked_topk)}
 
 
 def index_topk(
@@ -38,19 +36,15 @@ def index_topk(
     (and s >= ``first_entries`` [B, S], where rows hold several documents). Returns int32 [B, S, min(k, T)]: the
     selected entries, in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores
     are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over``
-    names the mesh axes that split the heads, whose partial scores the twin adds before anything is compared, and whose
-    queries a kernel brings together (inside ``shard_map``). ``keys_over`` names those that split the keys: ``keys`` are
-    then this device's range of them, the others' follow in the order of the mesh; counts and what is returned number
-    them all, and the result is that of unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``. There is no
-    gradient.
-    Source: paper eq. 13-17.
+    names the mesh axes that split the heads (inside ``shard_map``): devices bring them together, each for a share of
+    the queries or rows; where neither divides, the twin adds partial scores before anything is compared. ``keys_over``
+    names those that split the keys: ``keys`` are then this device's range of them, the others' follow in the order of
+    the mesh; counts and what is returned number them all, and the result is that of unsplit keys. No kernel serves
+    ``first_entries`` or ``KeyRows``. There is no gradient. Source: paper eq. 13-17.
     """
-    implementations = _SPLIT if keys_over else _IMPLEMENTATIONS
-    function = choose("index_topk", implementations, implementation, tpu.unserved_by(q, keys, k, first_entries))
-    split: dict[str, Any] = {"sum_over": sum_over}
-    if keys_over:
-        split["keys_over"] = keys_over
-    if function is implementations["xla"]:
+    function = choose("index_topk", _IMPLEMENTATIONS, implementation, tpu.unserved_by(q, keys, k, first_entries))
+    split: dict[str, Any] = {"sum_over": sum_over, "keys_over": keys_over}
+    if function is _IMPLEMENTATIONS["xla"]:
         split["first_entries"] = first_entries
     return function(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **split)
 

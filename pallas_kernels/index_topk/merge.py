@@ -28,6 +28,19 @@ def kernel_topk(ranked: Callable, *, sum_over: tuple[str, ...] = (), keys_over: 
     return selected(**arguments)
 
 
+def twin_topk(ranked: Callable, *, sum_over: tuple[str, ...] = (), **arguments):
+    """``index_topk`` by the twin, which can add up partial scores: where queries do not divide, heads stay split."""
+    if sum_over and _shared(arguments["q"], sum_over) is None:
+        ranked = functools.partial(ranked, sum_over=sum_over)
+        sum_over = ()
+    return kernel_topk(ranked, sum_over=sum_over, **arguments)
+
+
+def _shared(q: jax.Array, sum_over: tuple[str, ...]) -> int | None:
+    """The axis of queries [B, S, H, d] that is shared out among the devices that have a part of the heads each."""
+    return next((axis for axis in (1, 0) if q.shape[axis] % lax.axis_size(sum_over) == 0), None)
+
+
 def whole_heads(selected: Callable, *, q, weights, keys, counts, layer, k, sum_over, **rest):
     """What ``selected`` gives for queries whose heads are split over ``sum_over``, the same on every device.
 
@@ -35,13 +48,15 @@ def whole_heads(selected: Callable, *, q, weights, keys, counts, layer, k, sum_o
     neither divides, every device does all of them.
     """
     devices, device = lax.axis_size(sum_over), lax.axis_index(sum_over)
-    axis = next((axis for axis in (1, 0) if q.shape[axis] % devices == 0), None)
+    axis = _shared(q, sum_over)
     if axis is None:
         q, weights = _together(q, weights, lambda a: lax.all_gather(a, sum_over, axis=2, tiled=True))
         return selected(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
     q, weights = _together(q, weights, lambda a: lax.all_to_all(a, sum_over, axis, 2, tiled=True))
     share = counts.shape[axis] // devices
     counts = lax.dynamic_slice_in_dim(counts, device * share, share, axis)
+    if (first := rest.get("first_entries")) is not None:
+        rest["first_entries"] = lax.dynamic_slice_in_dim(first, device * share, share, axis)
     if axis == 0:
         rest["first_row"] = device * share
     found = selected(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
@@ -59,14 +74,12 @@ def _together(q: jax.Array, weights: jax.Array, exchange: Callable) -> tuple[jax
     return lax.bitcast_convert_type(q_bits, q.dtype), lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def split_topk(ranked, *, q, weights, keys, counts, layer, k, keys_over, sum_over=(), first_entries=None, **rest):
+def split_topk(ranked, *, q, weights, keys, counts, layer, k, keys_over, first_entries=None, **rest):
     """See ``pallas_kernels.index_topk.index_topk``; ``ranked`` gives (scores, indices) of this device's keys."""
     rows = keys.shape[2]
     first = lax.axis_index(keys_over) * rows
     if first_entries is not None:
         rest["first_entries"] = first_entries - first
-    if sum_over:
-        rest["sum_over"] = sum_over
     counts = jnp.clip(counts - first, 0, rows)
     scores, indices = ranked(q=q, weights=weights, keys=keys, counts=counts, layer=layer, k=k, **rest)
     indices = jnp.where(indices >= 0, indices + first, -1)

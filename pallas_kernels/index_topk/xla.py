@@ -10,20 +10,16 @@ from deepseek_v4.execution import dot_precision
 _SCORE_ELEMENTS = 1 << 25  # bounds the [B, block, Hi, T] products should they be materialised
 
 
-def index_topk(q, weights, keys, counts, *, first_entries, layer, k, sum_over):
-    """See ``pallas_kernels.index_topk.index_topk``."""
+def ranked_topk(q, weights, keys, counts, *, layer, k, first_entries=None, first_row=None, sum_over=()):
+    """What ``index_topk`` selects with its scores: (float32 [B, S, K] in descending order, int32 [B, S, K]).
 
-    ranked = ranked_topk(q, weights, keys, counts, first_entries=first_entries, layer=layer, k=k, sum_over=sum_over)
-    return ranked[1]
-
-
-def ranked_topk(q, weights, keys, counts, *, layer, k, first_entries=None, sum_over=()):
-    """What ``index_topk`` selects with its scores: (float32 [B, S, K] in descending order, int32 [B, S, K])."""
+    With ``first_row`` the queries are those of B rows of the keys from that one on.
+    """
 
     def function(*arguments):
         return _ranked(_scores(*arguments, sum_over), k)
 
-    return _in_blocks(function, q, weights, keys, counts, first_entries, layer)
+    return _in_blocks(function, q, weights, keys, counts, first_entries, layer, first_row)
 
 
 def all_scores(q, weights, keys, counts, *, first_entries, layer, sum_over):
@@ -43,9 +39,12 @@ def _ranked(scores, k):
     return best, jnp.where(best > -jnp.inf, indices, -1).astype(jnp.int32)
 
 
-def _in_blocks(function, q, weights, keys, counts, first_entries, layer):
+def _in_blocks(function, q, weights, keys, counts, first_entries, layer, first_row=None):
     """``function(q, weights, keys, counts, first)`` of blocks of queries, results joined along the queries."""
-    keys = unpacked(layer_of(keys, layer), q.dtype).astype(q.dtype)
+    keys = layer_of(keys, layer)
+    if first_row is not None:
+        keys = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, first_row, q.shape[0]), keys)
+    keys = unpacked(keys, q.dtype).astype(q.dtype)
     batch, length, heads, _ = q.shape
     first = jnp.zeros_like(counts) if first_entries is None else first_entries
     block = max(1, min(length, _SCORE_ELEMENTS // (batch * heads * keys.shape[1])))

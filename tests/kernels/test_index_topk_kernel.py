@@ -132,21 +132,18 @@ def test_bfloat16_keys_select_as_float64_would():
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 8), (4, 3), (3, 1)])  # queries, rows, or nothing is shared out
 @pytest.mark.parametrize("keys_over", [(), ("context",)])
-def test_split_heads_are_brought_together(batch, length, keys_over):
-    """On simulated devices with the twin in the kernel's place: what whole heads and whole keys give, bit for bit."""
+@pytest.mark.parametrize("topk", [merge.kernel_topk, merge.twin_topk])
+def test_split_heads_are_brought_together(batch, length, keys_over, topk):
+    """On simulated devices, the twin also in the kernel's place: what whole heads and whole keys give, bit for bit."""
     rng = np.random.default_rng(batch)
     q, weights, keys = _arrays(rng, batch, length, 48, integers=True)
     q, weights = (np.concatenate([a, a[:, :, :1]], axis=2) for a in (q, weights))
     dtype = jnp.bfloat16 if batch > 1 else jnp.float32
     counts = rng.integers(0, 49, (batch, length))
 
-    def ranked(*, q, keys, first_row=0, **rest):
-        rows = jax.lax.dynamic_slice_in_dim(keys, first_row, q.shape[0], axis=1)
-        return xla.ranked_topk(q=q, keys=rows, **rest)
-
     def call(q, weights, keys, counts):
         arguments = {"q": q, "weights": weights, "keys": keys, "counts": counts, "layer": 1, "k": 7}
-        return merge.kernel_topk(ranked, **arguments, sum_over=("outer", "inner"), keys_over=keys_over)
+        return topk(xla.ranked_topk, **arguments, sum_over=("outer", "inner"), keys_over=keys_over)
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("outer", "inner", "context"))
     heads = P(None, None, ("outer", "inner"))
