@@ -5,16 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4.cache import KVRows
 from pallas_kernels.compressed_attention import gpu, merge, tpu, xla
+from pallas_kernels.compressed_attention import gradient as of_training
 from pallas_kernels.gradients import with_twin_gradient
 from pallas_kernels.implementation import choose
 
 _IMPLEMENTATIONS = {
     "xla": xla.compressed_attention,
-    "tpu": with_twin_gradient(tpu.compressed_attention, xla.compressed_attention),
-    "tpu_interpret": with_twin_gradient(tpu.interpreted, xla.compressed_attention),
+    "tpu": of_training.with_training_kernels(tpu.compressed_attention),
+    "tpu_interpret": of_training.with_training_kernels(tpu.interpreted, pltpu.InterpretParams()),
     "gpu": with_twin_gradient(gpu.compressed_attention, xla.compressed_attention),
     "gpu_interpret": with_twin_gradient(gpu.interpreted, xla.compressed_attention),
 }
@@ -63,8 +65,8 @@ def compressed_attention(
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.
 
     Where rows hold several documents, ``window_counts`` [B, S] int32 says how many of its last ``window_size`` tokens a
-    query sees (itself among them; 0 for none), and ``first_entries`` [B, S] from which entry on it sees them; no kernel
-    serves these.
+    query sees (itself among them; 0 for none), and ``first_entries`` [B, S] from which entry on it sees them; the
+    kernels of training alone serve these.
 
     ``entries_over`` names the mesh axes that split the entries (inside ``shard_map``): ``entries`` are then this
     device's range of them, the others' follow in the order of the mesh; counts and indices number them all, everything
@@ -72,7 +74,8 @@ def compressed_attention(
 
     Softmax and accumulation are float32. Returns [B, S, H, c] in the dtype of q, still rotated. A row's output does
     not depend on the other rows, on T, or on the padding of indices. Gradients flow to q, window, sink, ring and plain
-    entries; the kernels' are those of the twin, recomputed. Source: paper 2.3.
+    entries. On TPUs they have kernels (``gradient.unserved`` says for what), otherwise they are the twin's, recomputed.
+    Source: paper 2.3.
     """
     if isinstance(entries, KVRows) or isinstance(ring, KVRows):
         unserved = dict.fromkeys(set(_IMPLEMENTATIONS) - {"xla"}, lambda chip: "rows in the published layout")
@@ -82,6 +85,8 @@ def compressed_attention(
     if window_counts is not None:
         more = {"window_counts": window_counts, "first_entries": first_entries}
         unserved = dict.fromkeys(unserved, lambda chip: "rows of several documents")
+        if ring is None and not isinstance(entries, KVRows):
+            unserved |= of_training.unserved_by(q, entries, indices, window_size)
     implementations = _IMPLEMENTATIONS
     if entries_over and entries is not None:
         more["entries_over"] = entries_over

@@ -41,3 +41,41 @@ def attention_cost(
         bytes_written=batch * length * heads * width * itemsize,
         operations=MappingProxyType({kind: operations}),
     )
+
+
+def training_cost(
+    *,
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    window: int,
+    entries: int,
+    indices: int,
+    causal_ratio: int,
+    backward: bool,
+    itemsize: int = 2,
+) -> Cost:
+    """What a training pass over whole sequences of ``length`` tokens must move and compute.
+
+    Each of the ``entries`` of a row, its window rows and queries cross HBM once: in the forward pass queries are read,
+    outputs and the log of every sum (float32) written; in the backward pass queries, outputs, their gradients and those
+    logs are read, and the gradients of queries, window rows, entries (float32 sums, written once) and sinks written.
+    With ``indices`` > 0 a query selects so many, and their int32 lists are read. With ``causal_ratio`` a token sees the
+    entries complete by then and the window rows there are, otherwise all of both. Operations are two products per query
+    and key forward and five backward, of keys that are seen: kernels that look at all entries where some are selected,
+    or at whole blocks, compute more.
+    """
+    keys = length * (window + entries)
+    if causal_ratio or not entries:
+        visible = [(t + 1) // causal_ratio if causal_ratio else 0 for t in range(length)]
+        keys = sum(min(count, indices or count) + min(t + 1, window) for t, count in enumerate(visible))
+    queries = batch * length * heads * width * itemsize
+    sums = 4 * batch * length * heads
+    of_keys = batch * (length + entries) * width
+    lists = 4 * batch * length * max(indices, 1 if entries else 0)
+    read = (3 if backward else 1) * queries + of_keys * itemsize + lists + 4 * heads + (sums if backward else 0)
+    written = queries + (4 * of_keys + 4 * heads if backward else sums)
+    kind = "bfloat16" if itemsize == 2 else "float32"
+    operations = (10 if backward else 4) * batch * heads * width * keys
+    return Cost(bytes_read=read, bytes_written=written, operations=MappingProxyType({kind: operations}))

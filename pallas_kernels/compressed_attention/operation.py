@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compressed_attention import blocks, compressed_attention, gpu, tpu, tpu_common
+from pallas_kernels.compressed_attention import blocks, compressed_attention, gpu, tpu, tpu_common, training_cases
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
@@ -140,4 +140,7 @@ _TUNING = {
     ),
 }
 
-OPERATION = Operation("compressed_attention", compressed_attention, cases, _unserved, _TUNING)
+OPERATIONS = (
+    Operation("compressed_attention", compressed_attention, cases, _unserved, _TUNING),
+    *training_cases.OPERATIONS,
+)

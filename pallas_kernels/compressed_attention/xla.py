@@ -42,6 +42,16 @@ def compressed_attention(q, window, sink, start, *, scale, **arguments):
     return _in_blocks(attend, q, window, start, **arguments)
 
 
+def attention_with_sums(q, window, sink, start, *, scale, **arguments):
+    """See ``pallas_kernels.compressed_attention.gradient.attention_with_sums``."""
+
+    def attend(queries: _Queries, entries):
+        out, maximum, total = _weighted(queries, sink, entries, scale)
+        return (out / total).astype(q.dtype), (maximum + jnp.log(total))[..., 0]
+
+    return _in_blocks(attend, q, window, start, **arguments)
+
+
 def partial_attention(*, q, window, start, scale, **arguments):
     """The softmax over what these arguments hold, before it is divided and without the sink; all float32.
 
