@@ -81,8 +81,8 @@ def _temporaries(model: ModelShape, length: int, total: int, topk: int, backward
     """What a pass keeps in memory beside arguments and results.
 
     Window rows and entries in whole blocks, their gradients as float32 sums of up to two cores, how often every query
-    selects every entry (int16, up to three times on the way from words with a bit each), and numbers per query, in tiles of 128,
-    of up to two cores, before and after they change places; never keys per query.
+    selects every entry (int16, up to three times on the way from words with a bit each), and numbers per query, in
+    tiles of 128, of up to two cores, before and after they change places; never keys per query.
     """
     rows = length + 128 + total
     sums = 4 * 3 * rows * model.head_dim if backward else 0
