@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_v4.cache import ENTRY_LAYOUTS
 from deepseek_v4.nn.variables import Storage
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Execution:
     ``placement`` says where arrays live (None: one device); ``implementation`` names the kernels (None: the default
     of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
     uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain), or
-    "published", the bytes of the release, which hold what ``kv`` and ``indexer`` simulate and which no kernel reads.
+    "published", the bytes of the release, which hold what ``kv`` and ``indexer`` simulate, or "columns", the same bytes
+    with index keys as TPU kernels read them (``with_published_cache`` chooses).
     ``unroll`` is how many repetitions of a scan group one iteration of its loop runs: more compile longer, but what a
     backward pass needs of them is not stacked up by copies.
     Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.
@@ -47,13 +49,14 @@ class Execution:
             raise ValueError(f"dtype: expected 'float32' or 'bfloat16', found {self.dtype!r}")
         if self.unroll < 1:
             raise ValueError(f"unroll: expected at least 1, found {self.unroll}")
-        if self.entry_layout not in (None, "plain", "words", "published"):
-            raise ValueError(f"entry_layout: expected 'plain', 'words' or 'published', found {self.entry_layout!r}")
-        if self.entry_layout in ("words", "published") and self.dtype != "bfloat16":
+        if self.entry_layout not in (None, *ENTRY_LAYOUTS):
+            raise ValueError(f"entry_layout: expected one of {list(ENTRY_LAYOUTS)}, found {self.entry_layout!r}")
+        if self.entry_layout not in (None, "plain") and self.dtype != "bfloat16":
             raise ValueError(f"entry_layout: {self.entry_layout} holds bfloat16, but dtype is {self.dtype!r}")
-        if self.entry_layout == "published" and not {"kv", "indexer"} <= self.simulate:
+        if self.entry_layout in ("published", "columns") and not {"kv", "indexer"} <= self.simulate:
             raise ValueError(
-                f"entry_layout: published rows hold what simulate kv,indexer gives, found {sorted(self.simulate)}"
+                f"entry_layout: {self.entry_layout} rows hold what simulate kv,indexer gives, "
+                f"found {sorted(self.simulate)}"
             )
         unknown = self.simulate - set(SIMULATIONS)
         if unknown:
@@ -64,9 +67,17 @@ class Execution:
         """The layout of compressed entries in a cache made now, with the default decided."""
         if self.entry_layout is not None:
             return self.entry_layout
+        return "words" if self._tpu_kernels and self.dtype == "bfloat16" else "plain"
+
+    def with_published_cache(self) -> "Execution":
+        """The same with a cache of the released bytes, in the layout of the kernels that run, and what it simulates."""
+        layout = "columns" if self._tpu_kernels else "published"
+        return dataclasses.replace(self, simulate=self.simulate | {"kv", "indexer"}, entry_layout=layout)
+
+    @property
+    def _tpu_kernels(self) -> bool:
         platform = jax.default_backend() if self.placement is None else self.placement.platform
-        kernels = platform == "tpu" and self.implementation != "xla"
-        return "words" if kernels and self.dtype == "bfloat16" else "plain"
+        return platform == "tpu" and self.implementation != "xla"
 
     @property
     def activation_dtype(self) -> jnp.dtype:

@@ -183,6 +183,14 @@ def quantize_fp8_rows(x: jax.Array, block: int, amax_floor: float = 1e-4) -> tup
     return _unblock(codes, padding), scale
 
 
+def quantize_fp4_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., K] to E2M1 codes [..., K] and float32 power-of-two scales [..., K/32], as ``simulate_fp4`` rounds them."""
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, FP4_BLOCK)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), E2M1_MAX * 2.0**-126)
+    scale = power_of_two_scale(amax, E2M1_MAX)
+    return float_to_e2m1(groups / scale[..., None]).reshape(x.shape), scale
+
+
 def dequantize_fp8_rows(codes: jax.Array, scale: jax.Array, block: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The inverse of ``quantize_fp8_rows``; ``scale`` may be E8M0 bytes as well."""
     groups, padding = _blocks(codes.astype(jnp.float32), block)

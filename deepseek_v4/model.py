@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 
 from deepseek_v4.adapters import LoRA, adaptable, check_patterns
-from deepseek_v4.cache import ENTRIES, layer_cache_shapes, map_shapes
+from deepseek_v4.cache import ENTRIES, layer_cache_shapes
 from deepseek_v4.config import Config
 from deepseek_v4.execution import Execution
 from deepseek_v4.formats import from_bytes, sliceable
@@ -43,6 +43,7 @@ from deepseek_v4.parameters import (
 )
 from deepseek_v4.positions import Tokens, Training
 from deepseek_v4.sharding import check_placement
+from deepseek_v4.stored_rows import entry_axes, map_shapes
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -170,13 +171,11 @@ class Model:
             shards = 1 if placement is None else placement.size("entries")
             shapes = layer_cache_shapes(config, spec, max_length, rollback, dtype, execution.cache_layout, shards)
 
-            def of_layers(split, shape, kind):
-                return array((repeats, batch, *shape), kind, (None, "batch", split, None))
+            def of_layers(axes, shape, kind):
+                return array((repeats, batch, *shape), kind, axes)
 
-            return {
-                name: map_shapes(functools.partial(of_layers, "entries" if name in ENTRIES else None), parts)
-                for name, parts in shapes.items()
-            }
+            axes = {name: entry_axes(parts, "entries" if name in ENTRIES else None) for name, parts in shapes.items()}
+            return {name: map_shapes(functools.partial(of_layers, axes[name]), parts) for name, parts in shapes.items()}
 
         cache: Cache = {
             "position": array((batch,), jnp.int32, ("batch",)),

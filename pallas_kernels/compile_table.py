@@ -177,7 +177,7 @@ def _hlo_type(dtype: np.dtype) -> str:
 
 
 def _per_device(case: Case, name: str, count: int) -> list[jax.ShapeDtypeStruct]:
-    """One device's part of an argument: its arrays, of which rows in parts (``deepseek_v4.cache.KVRows``) have some."""
+    """One device's part of an argument: its arrays, of which rows in parts (``deepseek_v4.stored_rows``) have some."""
 
     def part(whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         shape = list(whole.shape)

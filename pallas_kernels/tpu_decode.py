@@ -38,6 +38,15 @@ def nibbles_to_e5m2(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return low, high
 
 
+def e8m0_after_e5m2(byte: jax.Array) -> jax.Array:
+    """E8M0 bytes (int32) to float32 times 2^14, which ``nibbles_to_e5m2`` left out.
+
+    Bytes up to 240 (2^113) are exact; larger ones give infinity or NaN, never a wrong finite number.
+    """
+    biased = jnp.minimum(byte + _FP4_BIAS, 255)
+    return lax.bitcast_convert_type(biased << 23, jnp.float32)
+
+
 def scales_as_laid_out(scale: jax.Array) -> tuple[jax.Array, bool]:
     """FP4 scales [.., N, G] in the order of their bytes in HBM, without a copy, and whether that is [.., G, N].
 
@@ -49,19 +58,14 @@ def scales_as_laid_out(scale: jax.Array) -> tuple[jax.Array, bool]:
 
 
 def fp4_scale_words(scale, words, exchanged: bool) -> None:
-    """E8M0 scales (ref [N, G], or [G, N] exchanged) to bfloat16 pairs (ref uint32 [N/2, >= G]) times 2^14.
-
-    The 2^14 is what ``nibbles_to_e5m2`` left out. Bytes up to 240 (2^113) are exact; larger ones give infinity or
-    NaN, never a wrong finite number.
-    """
+    """E8M0 scales (ref [N, G], or [G, N] exchanged) to bfloat16 pairs (ref uint32 [N/2, >= G]), ``e8m0_after_e5m2``."""
     groups, rows = scale.shape if exchanged else scale.shape[::-1]
     block = _block(rows)
 
     def step(i, _):
         at = pl.ds(pl.multiple_of(i * block, block), block)
         byte = scale[:, at] if exchanged else scale[at, :]
-        biased = jnp.minimum(pltpu.bitcast(byte, jnp.uint8).astype(jnp.int32) + _FP4_BIAS, 255)
-        value = lax.bitcast_convert_type(biased << 23, jnp.float32)
+        value = e8m0_after_e5m2(pltpu.bitcast(byte, jnp.uint8).astype(jnp.int32))
         value = (value.T if exchanged else value).astype(jnp.bfloat16)
         half = pl.ds(pl.multiple_of(i * (block // 2), block // 2), block // 2)
         words[half, :groups] = pltpu.bitcast(value, jnp.uint32)

@@ -165,10 +165,7 @@ def _open(args: Arguments) -> tuple[Loaded, int]:
         implementation=args.implementation,
     )
     if args.cache == "published":
-        execution = loaded.model.execution
-        execution = dataclasses.replace(
-            execution, simulate=execution.simulate | {"kv", "indexer"}, entry_layout="published"
-        )
+        execution = loaded.model.execution.with_published_cache()
         loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, execution=execution))
     check_drafts(loaded.model, args.drafts)
     if args.stop and loaded.tokenizer is None:

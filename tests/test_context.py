@@ -17,6 +17,7 @@ from deepseek_v4.cache import ENTRIES
 from deepseek_v4.engine import Engine, Pool, PrefixStore, Request
 from deepseek_v4.engine.state import cache_bytes, device_cache_bytes
 from deepseek_v4.sharding import parse_mesh
+from deepseek_v4.stored_rows import positions_axis
 from pallas_kernels import shares
 from pallas_kernels.compressed_attention import compressed_attention, merge
 from pallas_kernels.index_topk import index_topk
@@ -192,10 +193,12 @@ def test_chunks_and_decode_over_every_boundary_equal_one_full_pass(small, blocks
     np.testing.assert_array_equal(cache["position"], [515, 264, 142])
 
 
-@pytest.mark.parametrize("layout", ["plain", "words", pytest.param("published", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["plain", "words", *(pytest.param(name, marks=pytest.mark.slow) for name in ("published", "columns"))]
+)
 def test_a_token_far_into_a_long_cache(small, layout) -> None:
     """Beyond 64K every device holds entries that count; the caches are filled with made-up rows."""
-    simulate = ("kv", "indexer") if layout == "published" else ()
+    simulate = ("kv", "indexer") if layout in ("published", "columns") else ()
     dtype = "float32" if layout == "plain" else "bfloat16"
     options = {"dtype": dtype, "entry_layout": layout, "simulate": frozenset(simulate)}
     whole = dataclasses.replace(small.model, execution=Execution(**options))
@@ -203,10 +206,13 @@ def test_a_token_far_into_a_long_cache(small, layout) -> None:
     rng = np.random.default_rng(2)
     cache = whole.init_cache(2, 1 << 17, 1)
 
-    def fill(array):
+    def fill(path, array):
         if array.dtype == jnp.int32:
             return jnp.asarray([70000, 131068], jnp.int32)
         bits = rng.integers(0, 256, (*array.shape, array.dtype.itemsize), dtype=np.uint8)
+        if layout == "columns" and array.dtype == jnp.uint32:
+            bits = bits if "code_words" in str(path) else 126 + bits % 3
+            return jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.uint32)
         if array.dtype == jnp.uint8:
             return jnp.asarray(bits[..., 0])
         if array.dtype.itemsize == 1:  # finite E4M3 codes; scales of one half to two
@@ -217,10 +223,10 @@ def test_a_token_far_into_a_long_cache(small, layout) -> None:
             return jax.lax.bitcast_convert_type(jnp.asarray(numbers, jnp.bfloat16), jnp.uint32)
         return jnp.asarray(numbers, array.dtype)
 
-    cache = jax.tree.map(fill, cache)
+    cache = jax.tree.map_with_path(fill, cache)
     like = split.abstract_cache(2, 1 << 17, 1)
     placed = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), cache, like)
-    assert {a.sharding.shard_shape(a.shape)[2] for a in jax.tree.leaves([
+    assert {a.sharding.shard_shape(a.shape)[positions_axis(path)] for path, a in jax.tree.leaves_with_path([
         member[name] for group in like["groups"] for member in group for name in ENTRIES if name in member
     ])} == {(1 << 17) // 4 // 8, (1 << 17) // 128 // 8}  # fmt: skip
     token = jnp.asarray([[5], [9]], jnp.int32)

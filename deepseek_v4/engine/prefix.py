@@ -28,6 +28,7 @@ from deepseek_v4.cache import ENTRIES
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.engine.state import State, placed, stacked
 from deepseek_v4.model import Model
+from deepseek_v4.stored_rows import positions_axis, put_columns
 
 UNIT_STEP = 128
 """Units are multiples of this many tokens: the longest window that a layer compresses."""
@@ -319,10 +320,9 @@ def _programs(model: Model) -> _Programs:
         for path, leaf in leaves(state):
             if (ratio := ratio_of(path)) is not None:
                 # A cache may end within the unit (its length is a multiple of 128 only): what is missing is zero.
-                rows, have = unit // ratio, leaf.shape[2]
                 source = row_of(path, leaf, row)
-                index = first // ratio + jnp.arange(rows)
-                taken.append(jnp.take(source, index, axis=1, mode="fill", fill_value=0) if have else source)
+                index = first // ratio + jnp.arange(unit // ratio)
+                taken.append(jnp.take(source, index, axis=positions_axis(path) - 1, mode="fill", fill_value=0))
         return whole(taken)
 
     def take_rings(state, row):
@@ -341,7 +341,10 @@ def _programs(model: Model) -> _Programs:
 
     def put_entries(state, row, first, arrays):
         def write(path, leaf, rows):
-            slots = first // ratio_of(path) + jnp.arange(rows.shape[1])
+            at = first // ratio_of(path)
+            if positions_axis(path) == 3:
+                return put_columns(leaf, (0, row), at, jnp.ones(rows.shape[2], bool), rows[:, None])
+            slots = at + jnp.arange(rows.shape[1])
             return leaf.at[:, row, slots].set(rows, mode="drop")
 
         return put_all(state, row, arrays, lambda ratio: ratio is not None, write)

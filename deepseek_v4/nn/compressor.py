@@ -15,6 +15,7 @@ from deepseek_v4.nn.linear import PlainLinear
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
 from deepseek_v4.positions import Tokens, window_ends
+from deepseek_v4.stored_rows import KeyColumns, entry_axes
 from pallas_kernels.compress import compress, pool_windows
 
 
@@ -71,14 +72,15 @@ class Compressor(nnx.Module):
 
     def _write(self, entries, layer, first, complete, rows, execution: Execution):
         split = execution.mesh_axes("entries")
-        if not split:
+        if not split and not isinstance(entries, KeyColumns):
             return entries_write(entries, layer, first, complete, rows)
 
-        # Said explicitly, that only the device writes that owns a row: nothing is sent.
+        # Said explicitly, that only the device writes that owns a row: nothing is sent. Columns are written in a loop
+        # over rows of the batch, each of which must be a device's own.
         def write(*arguments):
             return entries_write(*arguments, rows_over=split)
 
-        stacked = (None, "batch", "entries", None)
+        stacked = entry_axes(entries, "entries")
         per_window = ("batch", None)
         axes = (stacked, (), ("batch",), per_window, ("batch", None, None))
         return execution.per_shard(write, (entries, jnp.asarray(layer), first, complete, rows), axes, stacked)

@@ -15,6 +15,7 @@ from deepseek_v4.nn.linear import Linear, PlainLinear
 from deepseek_v4.nn.variables import Storage
 from deepseek_v4.positions import Tokens
 from deepseek_v4.rope import apply_rope
+from deepseek_v4.stored_rows import entry_axes
 from pallas_kernels.index_topk import index_scores, index_topk, select_topk
 
 
@@ -72,7 +73,7 @@ class Indexer(nnx.Module):
         axes = (
             ("batch", None, "index_heads", None),
             ("batch", None, "index_heads"),
-            (None, "batch", split, None),
+            entry_axes(keys, split),
             ("batch", None),
             (),
             ("batch", None),

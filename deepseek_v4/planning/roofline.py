@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from deepseek_v4.layer_spec import LayerSpec, draft_specs, layer_specs
 from deepseek_v4.parameters import ParameterSpec, flatten
+from deepseek_v4.planning.cache_bytes import BFLOAT16, PUBLISHED
 from deepseek_v4.planning.memory import is_trained, trained_specs, travelling_bytes
 from deepseek_v4.planning.topology import Links
 from deepseek_v4.planning.workload import Setting, size_bytes
@@ -314,7 +315,9 @@ def _index(setting: Setting, spec: LayerSpec, context: int) -> Iterator[Part]:
     entries = max(1, work.context // spec.compress_ratio // shards)
     tokens, best = setting.rows * work.tokens, min(config.index_topk, entries * shards)
     split, width = placement.size("index_heads"), config.index_head_dim
-    keys: float = setting.rows * entries * width * _activation_bytes()
+    # Where no kernel reads FP4 keys, they are read, and written, as numbers.
+    form = PUBLISHED if work.cache == "fp8" and setting.scores_stay else BFLOAT16
+    keys: float = setting.rows * entries * form.index_key(width)
     operations: float = multiplied * 2 * tokens * entries * config.index_n_heads * width
     queries = tokens * config.index_n_heads * (width * _activation_bytes() + 4)
     share = setting.index_share

@@ -138,7 +138,7 @@ class Setting:
     @property
     def scores_stay(self) -> bool:
         """Whether a kernel selects entries: index scores are then never in memory."""
-        return self.topology.chip.platform == "tpu" and self.workload.phase != "train" and self.workload.cache != "fp8"
+        return self.topology.chip.platform == "tpu" and self.workload.phase != "train"
 
     @property
     def index_share(self) -> Literal["queries", "rows"] | None:
@@ -166,12 +166,13 @@ class Setting:
 
     def model(self, placement: Placement | None = None) -> Model:
         """The model as it runs there; raises ``MeshError`` where the mesh does not fit it."""
-        tpu, published = self.topology.chip.platform == "tpu", self.workload.cache == "fp8"
-        words = tpu and self.workload.phase != "train"
+        published = self.workload.cache == "fp8"
+        kernels = self.topology.chip.platform == "tpu" and self.workload.phase != "train"
+        layout = ("columns" if published else "words") if kernels else "published" if published else "plain"
         execution = Execution(
             placement=placement or self.placement,
             simulate=frozenset({"kv", "indexer"} if published else ()),
-            entry_layout="published" if published else "words" if words else "plain",
+            entry_layout=layout,
         )
         return Model(self.config, self.workload.storage, execution, self.workload.adapters)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-from deepseek_v4.cache import KVRows
+from deepseek_v4.stored_rows import KVRows
 from pallas_kernels.compressed_attention import gpu, merge, tpu, xla
 from pallas_kernels.compressed_attention import gradient as of_training
 from pallas_kernels.gradients import with_twin_gradient
@@ -59,7 +59,7 @@ def compressed_attention(
     place; every index is below its count; an index that appears twice counts twice), or None to attend to all visible
     ones. Rows of ``entries`` at or beyond a batch row's largest count may hold anything, NaN included. Entries are
     plain, or uint32 [n, B, T, c/2] as ``deepseek_v4.formats.pack_words`` makes them, which TPU kernels read in place.
-    Entries and ring may also be ``deepseek_v4.cache.KVRows``, which no kernel serves.
+    Entries and ring may also be ``deepseek_v4.stored_rows.KVRows``, which no kernel serves.
 
     With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.

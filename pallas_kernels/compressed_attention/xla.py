@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_v4.cache import KVRows, layer_of, ring_read, unpacked
+from deepseek_v4.cache import ring_read
 from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import unpack_words
+from deepseek_v4.stored_rows import KVRows, layer_of, unpacked
 from pallas_kernels.targets import current_chip
 
 _QUERY_BLOCK = 128

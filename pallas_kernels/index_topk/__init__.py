@@ -31,16 +31,17 @@ def index_topk(
 ) -> jax.Array:
     """The entries each query attends to: I[t, s] = sum_h weights[t, h] * relu(q[t, h] . keys[s]), the k largest.
 
-    Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di] (or
-    ``deepseek_v4.cache.KeyRows``), of which ``layer`` is read; counts [B, S] int32, entry s is visible iff s < count
-    (and s >= ``first_entries`` [B, S], where rows hold several documents). Returns int32 [B, S, min(k, T)]: the
-    selected entries, in descending score with ties to the lowest index, padded with -1 where fewer are visible. Scores
-    are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may hold anything. ``sum_over``
-    names the mesh axes that split the heads (inside ``shard_map``): devices bring them together, each for a share of
-    the queries or rows; where neither divides, the twin adds partial scores before anything is compared. ``keys_over``
-    names those that split the keys: ``keys`` are then this device's range of them, the others' follow in the order of
-    the mesh; counts and what is returned number them all, and the result is that of unsplit keys. No kernel serves
-    ``first_entries`` or ``KeyRows``. There is no gradient. Source: paper eq. 13-17.
+    Shapes: q [B, S, Hi, di]; weights [B, S, Hi] float32, already scaled; keys [n, B, T, di] (or ``KeyRows`` or
+    ``KeyColumns`` of ``deepseek_v4.stored_rows``), of which ``layer`` is read; counts [B, S] int32, entry s is visible
+    iff s < count (and s >= ``first_entries`` [B, S], where rows hold several documents). Returns int32
+    [B, S, min(k, T)]: the selected entries, in descending score with ties to the lowest index, padded with -1 where
+    fewer are visible. Scores are accumulated in float32; -0 counts as 0; rows of ``keys`` that no query may see may
+    hold anything. ``sum_over`` names the mesh axes that split the heads (inside ``shard_map``): devices bring them
+    together, each for a share of the queries or rows; where neither divides, the twin adds partial scores before
+    anything is compared. ``keys_over`` names those that split the keys: ``keys`` are then this device's range of them,
+    the others' follow in the order of the mesh; counts and what is returned number them all, and the result is that of
+    unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``, and ``KeyColumns`` only those for TPUs. There is no
+    gradient. Source: paper eq. 13-17.
     """
     function = choose("index_topk", _IMPLEMENTATIONS, implementation, tpu.unserved_by(q, keys, k, first_entries))
     split: dict[str, Any] = {"sum_over": sum_over, "keys_over": keys_over}

@@ -1,6 +1,7 @@
 """The declaration of ``index_topk``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_v4.formats import FP4_BLOCK
+from deepseek_v4.stored_rows import KeyColumns
 from pallas_kernels.index_topk import index_topk, tpu
 from pallas_kernels.index_topk.cost import topk_cost
 from pallas_kernels.index_topk.unserved import unserved
@@ -18,14 +21,20 @@ from pallas_kernels.targets import Chip
 _LAYERS = 2
 """Layers stacked in the cache of a case: more than one, so that reading a layer as a slice would show as a copy."""
 
-_CI = {"flash/decode/64x1M", "pro/decode/1x8K", "pro/prefill/2048x1M"}
+_CI = {
+    "flash/decode/64x1M",
+    "pro/decode/1x8K",
+    "pro/prefill/2048x1M",
+    "flash/fp4/decode/64x1M",
+    "pro/fp4/prefill/2048x1M",
+}
 
 
-def _case(model: ModelShape, phase: str, rows: int, context: int, queries: int = 1) -> Case:
+def _case(model: ModelShape, keys: str, phase: str, rows: int, context: int, queries: int = 1) -> Case:
     decode = phase == "decode"
     batch, length = (rows, queries) if decode else (1, rows)
     heads, width, entries = model.index_heads, model.index_dim, context // model.csa_ratio
-    name = f"{model.name}/{phase}/{rows}x{context_name(context)}" + (f"x{queries}" if queries > 1 else "")
+    name = f"{model.name}/{keys}{phase}/{rows}x{context_name(context)}" + (f"x{queries}" if queries > 1 else "")
     sizes = {"batch": batch, "length": length, "heads": heads, "width": width, "entries": entries, "k": model.topk}
     # Whole rows of 128 of selected entries and their scores, twice while they are put in order.
     selected = 4 * batch * length * model.topk
@@ -34,18 +43,31 @@ def _case(model: ModelShape, phase: str, rows: int, context: int, queries: int =
         arguments={
             "q": jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16),
             "weights": jax.ShapeDtypeStruct((batch, length, heads), jnp.float32),
-            "keys": jax.ShapeDtypeStruct((_LAYERS, batch, entries, width), jnp.bfloat16),
+            "keys": _stored(keys, batch, entries, width),
             "counts": jax.ShapeDtypeStruct((batch, length), jnp.int32),
             "layer": jax.ShapeDtypeStruct((), jnp.int32),
             "k": model.topk,
         },
-        cost=topk_cost(**sizes, causal_ratio=model.csa_ratio, context=context),
+        cost=topk_cost(
+            **sizes,
+            causal_ratio=model.csa_ratio,
+            context=context,
+            key_bytes=width // 2 + width // FP4_BLOCK if keys else None,
+        ),
         protected=("keys",),
         temporaries_limit=16 * MIB if decode else 4 * selected + MIB,
         representative=name in _CI,
         values=functools.partial(_values, batch, length, context, model.csa_ratio),
         split={"q": 0, "weights": 0, "keys": 1, "counts": 0} if decode else {},
     )
+
+
+def _stored(keys: str, batch: int, entries: int, width: int) -> Any:
+    """The keys of a cache: numbers, or FP4 in columns."""
+    if not keys:
+        return jax.ShapeDtypeStruct((_LAYERS, batch, entries, width), jnp.bfloat16)
+    words = (width // 8, -(-width // (4 * FP4_BLOCK)))
+    return KeyColumns(*(jax.ShapeDtypeStruct((_LAYERS, batch, count, entries), jnp.uint32) for count in words))
 
 
 def _values(batch: int, length: int, context: int, ratio: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -55,13 +77,13 @@ def _values(batch: int, length: int, context: int, ratio: int, rng: np.random.Ge
 
 
 def cases() -> tuple[Case, ...]:
-    """Decode of 1, 64 and 256 rows and prefill of 2,048 queries at every context, of both models."""
+    """Decode of 1, 64 and 256 rows and prefill of 2,048 queries at every context, of both models and forms of keys."""
     found = []
-    for model in MODELS:
+    for model, keys in itertools.product(MODELS, ("", "fp4/")):
         for context in CONTEXTS:
-            found += [_case(model, "decode", rows, context) for rows in DECODE_ROWS]
-            found.append(_case(model, "prefill", PREFILL_QUERIES, context))
-        found.append(_case(model, "decode", 64, 128 << 10, queries=4))
+            found += [_case(model, keys, "decode", rows, context) for rows in DECODE_ROWS]
+            found.append(_case(model, keys, "prefill", PREFILL_QUERIES, context))
+        found.append(_case(model, keys, "decode", 64, 128 << 10, queries=4))
     return tuple(found)
 
 

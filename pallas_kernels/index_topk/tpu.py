@@ -17,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from deepseek_v4.cache import layer_of
+from deepseek_v4.stored_rows import KeyColumns
 from pallas_kernels.index_topk.cost import topk_cost
+from pallas_kernels.index_topk.tpu_keys import chunk_buffers, chunk_of_keys, readable, transfers
 from pallas_kernels.index_topk.tpu_place import prepare, select
 from pallas_kernels.index_topk.tpu_score import Plan, mirrored, score_chunk, spread_weights
 from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, SUBLANES, Memory, Selection, empty_chunks
@@ -26,7 +27,7 @@ from pallas_kernels.index_topk.unserved import unserved
 from pallas_kernels.targets import Chip, current_chip
 from pallas_kernels.tuned import tuned
 
-_ROW_TILE = 16
+_HEAD_TILE = 16
 _MIB = 1 << 20
 
 
@@ -57,7 +58,7 @@ def ranked_topk(
     *,
     q: jax.Array,
     weights: jax.Array,
-    keys: jax.Array,
+    keys: jax.Array | KeyColumns,
     counts: jax.Array,
     layer: jax.Array | int,
     k: int,
@@ -76,12 +77,9 @@ def ranked_topk(
     chip = None if interpret else current_chip()
     tiles = tiles or tuned("index_topk", chip, shape_class(length), Tiles())
     k = min(k, keys.shape[2])
-    if keys.dtype != q.dtype or keys.shape[2] % _ROW_TILE:
-        # A cache is kept in whole tiles; keys that were made for this call alone are filled up.
-        keys, layer = layer_of(keys, layer)[None].astype(q.dtype), 0
-        keys = jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % _ROW_TILE), (0, 0)))
-    entries = keys.shape[2]
-    filled = -heads % _ROW_TILE
+    stored, layer = readable(keys, layer, q.dtype)
+    entries = stored[0].shape[2 if len(stored) == 1 else 3]
+    filled = -heads % _HEAD_TILE
     q = jnp.pad(q, ((0, 0), (0, 0), (0, filled), (0, 0)))
     weights = jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, 0), (0, filled)))
     if cores is None:
@@ -105,7 +103,7 @@ def ranked_topk(
     )
     if plan.steps % cores:
         plan = dataclasses.replace(plan, cores=1)
-    indices, ordered = _call(plan, q, weights, keys, counts, layer, first_row, k, interpret)
+    indices, ordered = _call(plan, q, weights, stored, counts, layer, first_row, k, interpret)
     # Descending scores, ties to the lowest index; what was not selected comes last.
     falling, indices = lax.sort((~ordered, indices), dimension=-1, num_keys=2, is_stable=False)
     falling, indices = falling[..., :k], indices[..., :k]
@@ -145,11 +143,15 @@ def _call(p: Plan, q, weights, keys, counts, layer, first_row, k, interpret) -> 
     def flat(*tail):
         return lambda core, step, start, limits: (core * steps + step, *tail)
 
-    cost = topk_cost(batch=p.batch, length=p.length, heads=p.heads, width=p.width, entries=p.entries, k=k)
+    key_bytes = sum(a.size * a.dtype.itemsize for a in keys) // (keys[0].shape[0] * keys[0].shape[1] * p.entries)
+    cost = topk_cost(
+        batch=p.batch, length=p.length, heads=p.heads, width=p.width, entries=p.entries, k=k, key_bytes=key_bytes
+    )
+    buffers = chunk_buffers(keys, p.slots)
     shape = jax.ShapeDtypeStruct((p.steps, s.queries, s.rows_out, LANES), jnp.int32)
     out_spec = pl.BlockSpec((1, s.queries, s.rows_out, LANES), flat(0, 0, 0))
     indices, scores = pl.pallas_call(
-        functools.partial(_kernel, p, steps),
+        functools.partial(_kernel, p, steps, len(keys)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(p.cores, steps),
@@ -157,11 +159,11 @@ def _call(p: Plan, q, weights, keys, counts, layer, first_row, k, interpret) -> 
                 pl.BlockSpec((1, 1, s.queries), flat(0, 0), memory_space=pltpu.SMEM),
                 pl.BlockSpec((p.rows, p.queries, p.heads, p.width), rows(0, 0)),
                 pl.BlockSpec((p.rows, p.queries, p.heads), rows(0)),
-                pl.BlockSpec(memory_space=pltpu.HBM),
+                *[pl.BlockSpec(memory_space=pltpu.HBM) for _ in keys],
             ],
             out_specs=[out_spec, out_spec],
             scratch_shapes=[
-                pltpu.VMEM((p.slots, CHUNK, p.width), p.dtype),
+                *buffers,
                 pltpu.SemaphoreType.DMA((p.slots,)),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.VMEM((s.queries * p.heads, LANES), jnp.float32),
@@ -182,7 +184,7 @@ def _call(p: Plan, q, weights, keys, counts, layer, first_row, k, interpret) -> 
         counts.reshape(p.steps, 1, s.queries),
         q,
         weights,
-        keys,
+        *keys,
     )
 
     def public(a):
@@ -201,8 +203,9 @@ def _fast_memory(p: Plan) -> int:
     return scratch + blocks + 4 * p.queries * p.heads * CHUNK + 8 * _MIB
 
 
-def _kernel(p: Plan, steps: int, start_ref, limit_ref, counts, q, weights, keys, indices, ordered, *scratch):
-    stored, semaphores, progress, spread, *rest = scratch
+def _kernel(p: Plan, steps: int, parts: int, start_ref, limit_ref, counts, q, weights, *refs):
+    keys, (indices, ordered), stored = refs[:parts], refs[parts : parts + 2], refs[parts + 2 : 2 * parts + 2]
+    semaphores, progress, spread, *rest = refs[2 * parts + 2 :]
     memory = Memory(*rest)
     core, step = pl.program_id(0), pl.program_id(1)
     units = steps * p.rows
@@ -215,25 +218,23 @@ def _kernel(p: Plan, steps: int, start_ref, limit_ref, counts, q, weights, keys,
         """Starts or awaits the transfer of one chunk of a unit's keys."""
         row = jnp.minimum((core * units + unit) // p.blocks, p.batch - 1)
 
-        def copy(count):
-            return pltpu.make_async_copy(
-                keys.at[start_ref[0], start_ref[1] + row, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), count)],
-                stored.at[slot, pl.ds(0, count)],
-                semaphores.at[slot],
-            )
+        def each(count):
+            at = start_ref[0], start_ref[1] + row, chunk * CHUNK, count
+            for copy in transfers(keys, stored, semaphores.at[slot], *at, slot):
+                act(copy)
 
         if p.remainder == 0:
-            act(copy(CHUNK))
+            each(CHUNK)
             return
         whole = (chunk + 1) * CHUNK <= p.entries
 
         @pl.when(whole)
         def _():
-            act(copy(CHUNK))
+            each(CHUNK)
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            act(copy(p.remainder))
+            each(p.remainder)
 
     def following(slot):
         return jnp.where(slot == p.slots - 1, 0, slot + 1)
@@ -265,7 +266,7 @@ def _kernel(p: Plan, steps: int, start_ref, limit_ref, counts, q, weights, keys,
         def visit(chunk, _):
             slot = progress[3]
             transfer(step * p.rows + unit, chunk, slot, lambda copy: copy.wait())
-            score_chunk(p, unit, chunk, counts, q, spread, stored.at[slot], memory)
+            score_chunk(p, unit, chunk, counts, q, spread, chunk_of_keys(stored, slot), memory)
             request()
             progress[3] = following(slot)
 

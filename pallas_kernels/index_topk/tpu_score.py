@@ -71,10 +71,11 @@ def spread_weights(p: Plan, weights, spread) -> None:
         spread[query * p.heads : (query + 1) * p.heads, :] = jnp.broadcast_to(column, (p.heads, LANES))
 
 
-def score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, memory: Memory) -> None:
-    """Scores of a chunk of keys [1024, d] as integers in the same order, ``LOWEST`` where a query does not see one."""
+def score_chunk(p: Plan, unit, chunk, counts, q, spread, stored: tuple[jax.Array, int], memory: Memory) -> None:
+    """Scores of a chunk of 1,024 keys (``chunk_of_keys``) as integers in their order; ``LOWEST``: not seen."""
     rows = q[unit].reshape(p.queries * p.heads, p.width)
-    keys = stored[...]
+    keys, channels = stored
+    keys = keys.astype(rows.dtype)
     first = pl.multiple_of(unit * (p.queries * p.heads), p.heads)
     if p.interpreted:
         # The CPU under the interpreter lacks some bfloat16 products; in float32 the same products are exact.
@@ -82,7 +83,7 @@ def score_chunk(p: Plan, unit, chunk, counts, q, spread, stored, memory: Memory)
     products = lax.dot_general(
         rows,
         keys,
-        (((1,), (1,)), ((), ())),
+        (((1,), (channels,)), ((), ())),
         precision=dot_precision(rows.dtype),
         preferred_element_type=jnp.float32,
     )

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from deepseek_v4.cache import KeyRows
+from deepseek_v4.stored_rows import KeyRows
+from pallas_kernels.index_topk.tpu_keys import unaligned
 from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, MAX_ENTRIES
 
 
@@ -13,7 +14,9 @@ def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = 
     if first_entries is not None:
         return "rows of several documents"
     if isinstance(keys, KeyRows):
-        return "keys in the published layout"
+        return "keys in the published layout by rows"
+    if reason := unaligned(keys):
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"queries are {q.dtype}, expected bfloat16 or float32"
     if q.size == 0 or keys.shape[2] == 0:

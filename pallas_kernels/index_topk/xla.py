@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_v4.cache import layer_of, unpacked
 from deepseek_v4.execution import dot_precision
+from deepseek_v4.stored_rows import layer_of, unpacked
 
 _SCORE_ELEMENTS = 1 << 25  # bounds the [B, block, Hi, T] products should they be materialised
 

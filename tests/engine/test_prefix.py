@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from small_models import small_config, small_model
 
+from deepseek_v4 import Execution
 from deepseek_v4.engine import Engine, Pool, PrefixError, PrefixStore, Request
+from deepseek_v4.engine.prefix import _programs
 
 UNIT, LENGTH, NEW = 128, 640, 6
 QUICK = {"xla_backend_optimization_level": 0}
@@ -68,6 +70,37 @@ def test_a_hit_is_a_miss_bit_by_bit(small, drafts, misses):
     expected = sum((len(r.token_ids) - 1) // UNIT * UNIT for r in make_requests() if len(r.token_ids) != 140)
     diverging = make_requests()[8]  # its first unit is its own
     assert engine.statistics.reused_tokens - first == expected + (len(diverging.token_ids) - 1) // UNIT * UNIT
+
+
+def test_units_of_keys_in_columns_are_taken_and_put_back(small):
+    """Units that are no whole tile of columns, and one that the cache ends in."""
+    execution = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout="columns")
+    model = dataclasses.replace(small.model, execution=execution)
+    programs = _programs(model)
+    rng = np.random.default_rng(0)
+
+    def state():
+        cache = jax.tree.map(
+            lambda a: a if a.dtype == np.int32 else rng.integers(0, 120, a.shape).astype(a.dtype),
+            model.init_cache(2, LENGTH),
+        )
+        return {"cache": cache, "rows": {}}
+
+    def keys(state):
+        (found,) = [m["index_entries"] for group in state["cache"]["groups"] for m in group if "index_entries" in m]
+        return [np.asarray(a) for a in found]
+
+    source, target = state(), state()
+    old, new = keys(target), keys(source)
+    capacity = new[0].shape[-1]
+    for first, unit in ((256, 128), (512, 1024)):
+        taken = programs.take_entries(source, 0, first, unit=unit)
+        target = programs.put_entries(target, 1, first, taken)
+        at, end = first // 4, min((first + unit) // 4, capacity)
+        for a, b in zip(old, new, strict=True):
+            a[:, 1, :, at:end] = b[:, 0, :, at:end]
+        for found, expected in zip(keys(target), old, strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_snapshots_may_be_rarer_than_units(small, misses):

@@ -1,5 +1,7 @@
 """Entries stored as words: the same numbers, in the same bytes, in rows that kernels can address."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from small_models import small_config
 from deepseek_v4.cache import entries_write, layer_cache_shapes
 from deepseek_v4.formats import pack_words, unpack_words
 from deepseek_v4.layer_spec import layer_specs
+from deepseek_v4.stored_rows import KeyColumns
 
 CONFIG = small_config((4, 128), num_hash_layers=0)
 
@@ -43,6 +46,33 @@ def test_writing_packs_what_reading_unpacks():
     plain = entries_write(jnp.zeros((2, 3, 10, 64), jnp.bfloat16), 1, first, complete, rows)
     words = entries_write(jnp.zeros((2, 3, 10, 32), jnp.uint32), 1, first, complete, rows)
     np.testing.assert_array_equal(np.asarray(unpack_words(words), np.float32), np.asarray(plain, np.float32))
+
+
+@pytest.mark.parametrize("count", [1, 2, 300])  # one tile, one or two, three
+def test_columns_are_written_where_rows_are_and_nothing_else_is(count):
+    """Any place in a tile, the end of the cache and beyond it; a range of every device is written by it alone."""
+    rng = np.random.default_rng(count)
+    total, first = 512, np.array([0, 127, 128, 250, 511, 505, 600, 301])
+    rows = jnp.asarray(rng.choice([-6, -1.5, 0, 0.5, 3], (len(first), count, 32)), jnp.float32)
+    complete = jnp.asarray(rng.random((len(first), count)) < 0.7)
+    complete = complete.at[:, 0].set(jnp.arange(len(first)) != 2)
+    shape = (2, len(first), total, 32)
+    before = jnp.asarray(rng.choice([-4.0, 1.0, 2.0], shape), jnp.float32)
+    keys = KeyColumns(jnp.zeros((4, 1), jnp.uint32), jnp.zeros((1, 1), jnp.uint32)).pack(before)
+    expected = np.array(before)
+    for b, i in zip(*np.nonzero(complete), strict=True):
+        if first[b] + i < total:
+            expected[1, b, first[b] + i] = rows[b, i]
+    arguments = (keys, 1, jnp.asarray(first), complete, rows)
+    found = jax.jit(entries_write)(*arguments)
+    np.testing.assert_array_equal(found.unpack(jnp.float32), expected)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+    ranges = jax.P(None, None, None, "x")
+    write = functools.partial(entries_write, rows_over=("x",))
+    specs = (ranges, *[jax.P()] * 4)
+    split = jax.jit(jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=ranges, check_vma=False))(*arguments)
+    for part, whole in zip(split, found, strict=True):
+        np.testing.assert_array_equal(part, whole)
 
 
 def test_a_word_is_channel_d_low_and_channel_d_plus_half_high():

@@ -8,7 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from small_models import compiled
 
-from deepseek_v4.cache import KeyRows
+from deepseek_v4.formats import simulate_fp4
+from deepseek_v4.stored_rows import KeyColumns, KeyRows
 from pallas_kernels.index_topk import index_topk, merge, tpu, xla
 from pallas_kernels.registry import operations
 
@@ -130,6 +131,37 @@ def test_bfloat16_keys_select_as_float64_would():
     np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[1500]]), 100))
 
 
+def _columns(keys):
+    words = (keys.shape[-1] // 8, -(-keys.shape[-1] // 128))
+    return KeyColumns(*(jnp.zeros((count, 1), jnp.uint32) for count in words)).pack(jnp.asarray(keys))
+
+
+@pytest.mark.parametrize("width", [32, 128, 160])  # halves of a group, the released width, groups across halves
+def test_fp4_columns_select_as_float64_would_and_as_their_numbers_do(width):
+    """Part of a last chunk, every code at many scales; columns that no query sees hold what decodes to NaN."""
+    rng = np.random.default_rng(width)
+    shape = (2, 2, 1152, width)
+    numbers = np.asarray(rng.normal(size=shape) * 2.0 ** rng.integers(-40, 40, (*shape[:-1], 1)), np.float32)
+    numbers[1, 0, 100:400] = numbers[1, 0, 7]  # ties at the largest scores and at zero
+    keys = np.asarray(simulate_fp4(jnp.asarray(numbers, jnp.bfloat16)), np.float32)
+    q = np.asarray(simulate_fp4(jnp.asarray(rng.normal(size=(2, 3, HEADS, width)), jnp.bfloat16)), np.float32)
+    weights = rng.normal(size=(2, 3, HEADS)).astype(np.float32)
+    counts = np.array([[1100, 400, 5], [1100, 0, 1024]])
+    columns = _columns(keys)
+    columns = KeyColumns(
+        columns.code_words.at[..., 1100:].set(~jnp.uint32(0)), columns.scale_words.at[..., 1100:].set(~jnp.uint32(0))
+    )
+    arguments = {"q": jnp.asarray(q, jnp.bfloat16), "weights": jnp.asarray(weights), "counts": jnp.asarray(counts)}
+    scores, found = tpu.ranked_topk(keys=columns, **arguments, layer=1, k=512, interpret=pltpu.InterpretParams())
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, 512))
+    if width == 128:
+        # The same numbers enter the same products.
+        rows = jnp.asarray(keys, jnp.bfloat16)
+        expected = tpu.ranked_topk(keys=rows, **arguments, layer=1, k=512, interpret=pltpu.InterpretParams())
+        np.testing.assert_array_equal(scores, expected[0])
+        np.testing.assert_array_equal(found, expected[1])
+
+
 @pytest.mark.parametrize(("batch", "length"), [(1, 8), (4, 3), (3, 1)])  # queries, rows, or nothing is shared out
 @pytest.mark.parametrize("keys_over", [(), ("context",)])
 @pytest.mark.parametrize("topk", [merge.kernel_topk, merge.twin_topk])
@@ -157,15 +189,17 @@ def test_what_no_kernel_serves_is_refused_by_name_and_left_to_the_twin():
     q, weights, counts = jnp.zeros((1, 1, 2, 64)), jnp.zeros((1, 1, 2)), jnp.ones((1, 1), jnp.int32)
     keys = jnp.zeros((1, 1, 40, 64))
     published = KeyRows(jnp.zeros((1, 1, 40, 32), jnp.uint8), jnp.ones((1, 1, 40, 2), jnp.float8_e8m0fnu))
+    uneven = KeyColumns(jnp.zeros((1, 1, 8, 40), jnp.uint32), jnp.zeros((1, 1, 1, 40), jnp.uint32))
     many = jax.ShapeDtypeStruct((1, 1, 1 << 19, 64), jnp.float32)
     for keys_of_call, rest, reason in (
         (keys, {"first_entries": counts}, "several documents"),
-        (published, {}, "published layout"),
+        (published, {}, "published layout by rows"),
+        (uneven, {}, "40 columns of keys are not a multiple of 128"),
         (many, {}, "524288 keys, at most 262144"),
     ):
         with pytest.raises(ValueError, match=reason):
             index_topk(q, weights, keys_of_call, counts, k=4, implementation="tpu_interpret", **rest)
-    for keys_of_call, rest in ((keys, {"first_entries": counts}), (published, {})):
+    for keys_of_call, rest in ((keys, {"first_entries": counts}), (published, {}), (uneven, {})):
         assert index_topk(q, weights, keys_of_call, counts, k=4, implementation="tpu_interpret|xla", **rest).shape == (
             1,
             1,
@@ -179,6 +213,8 @@ def test_costs_are_hand_sums():
     assert decode.bytes_read == 64 * (64 * (128 * 2 + 4) + 4 + 32768 * 256)
     assert decode.bytes_written == 64 * 512 * 4
     assert decode.operations == {"bfloat16": 64 * 64 * 128 * 2 * 32768}
+    packed = cases["flash/fp4/decode/64x128K"]
+    assert decode.bytes_read - packed.bytes_read == 64 * 32768 * (256 - 68)
     prefill = cases["pro/prefill/2048x8K"]
     visible = sum((t + 1) // 4 for t in range(8192 - 2048, 8192))
     assert prefill.operations == {"bfloat16": 64 * 128 * 2 * visible}

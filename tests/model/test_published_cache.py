@@ -11,15 +11,17 @@ from cases import compiled
 from small_models import small_config, small_model
 
 from deepseek_v4 import Config, Execution, Model, rollback
-from deepseek_v4.cache import KeyRows, KVRows, layer_cache_shapes, map_shapes
+from deepseek_v4.cache import layer_cache_shapes
 from deepseek_v4.engine.state import cache_bytes, cache_growth
 from deepseek_v4.formats import hadamard_transform, simulate_fp4, simulate_kv
 from deepseek_v4.layer_spec import layer_specs
 from deepseek_v4.planning.cache_bytes import PUBLISHED, bytes_per_token
 from deepseek_v4.planning.cache_bytes import cache_bytes as expected_bytes
+from deepseek_v4.stored_rows import KeyColumns, KeyRows, KVRows, map_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED_EXECUTION = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout="published")
+COLUMNS_EXECUTION = dataclasses.replace(PUBLISHED_EXECUTION, entry_layout="columns")
 
 
 def empty(rows, config, spec, name):
@@ -39,6 +41,14 @@ def test_bytes_are_the_published_ones(name, per_token):
     found, fixed = cache_growth(model, 1 << 20, 0)
     assert found == per_token == bytes_per_token(config, PUBLISHED)
     assert cache_bytes(model, 1 << 20, 0) == fixed + per_token * (1 << 20)
+    # In columns, index keys take the same bytes; rings are rounded up to whole tiles.
+    columns = Model(config, execution=COLUMNS_EXECUTION)
+    assert cache_growth(columns, 1 << 20, 0)[0] == per_token
+    csa = next(i for i, spec in enumerate(model.groups[-1].pattern) if spec.indexer)
+    keys = [m.abstract_cache(1, 4096)["groups"][-1][csa]["index_entries"] for m in (model, columns)]
+    assert isinstance(keys[1], KeyColumns)
+    assert keys[0].shape == keys[1].shape == (model.groups[-1].repeats, 1, 1024, 128)
+    assert len({sum(a.size * a.dtype.itemsize for a in form) for form in keys}) == 1
     # Fixed: windows and float32 rows of unfinished windows as published (ours keep one row fewer of the latter), and
     # what the draft needs: its window, the last streams, a position.
     c = config
@@ -74,6 +84,9 @@ def test_rows_come_back_as_simulated(scale):
     expected = simulate_fp4(keys)
     for given in (keys, expected):
         np.testing.assert_array_equal(store.pack(given).unpack(jnp.bfloat16), expected)
+        columns = KeyColumns(jnp.zeros((16, 1), jnp.uint32), jnp.zeros((1, 1), jnp.uint32)).pack(given)
+        assert columns.shape == (64, 128)
+        np.testing.assert_array_equal(columns.unpack(jnp.bfloat16), expected)
     zeros = jnp.zeros_like(rows)
     np.testing.assert_array_equal(empty(64, config, csa, "entries").pack(zeros).unpack(jnp.bfloat16), zeros)
 
@@ -90,6 +103,8 @@ def test_the_model_computes_what_it_does_on_the_simulating_cache():
         cache = jax.tree.map(
             lambda a: a if a.dtype == jnp.int32 else (jnp.ones_like(a) * jnp.nan).astype(a.dtype), cache
         )
+        # Words of columns: scales of ones are NaN.
+        cache = jax.tree.map(lambda a: jnp.full_like(a, 0xFFFFFFFF) if a.dtype == jnp.uint32 else a, cache)
         out = []
         position = np.zeros(2, np.int32)
         for counts in ([136, 5], [3, 136], [1, 1], [1, 1], [136, 4], [0, 136], [1, 1]):
@@ -104,9 +119,9 @@ def test_the_model_computes_what_it_does_on_the_simulating_cache():
         return np.concatenate([np.asarray(a) for a in out if len(a)])
 
     simulated = run(small.model)
-    published = run(dataclasses.replace(small.model, execution=PUBLISHED_EXECUTION))
-    # The same numbers enter the same arithmetic.
-    np.testing.assert_array_equal(published, simulated)
+    for execution in (PUBLISHED_EXECUTION, COLUMNS_EXECUTION):
+        # The same numbers enter the same arithmetic.
+        np.testing.assert_array_equal(run(dataclasses.replace(small.model, execution=execution)), simulated)
 
 
 def test_what_the_layout_cannot_hold_is_refused():
