@@ -26,8 +26,8 @@ def readable(keys: jax.Array | KeyColumns, layer: jax.Array | int, dtype: jnp.dt
         return tuple(keys), layer
     if keys.dtype == dtype and keys.shape[2] % ROW_TILE == 0:
         return (keys,), layer
-    keys = layer_of(keys, layer)[None].astype(dtype)
-    return (jnp.pad(keys, ((0, 0), (0, 0), (0, -keys.shape[2] % ROW_TILE), (0, 0))),), 0
+    filled = layer_of(keys, layer)[None].astype(dtype)
+    return (jnp.pad(filled, ((0, 0), (0, 0), (0, -keys.shape[2] % ROW_TILE), (0, 0))),), 0
 
 
 def unaligned(keys: jax.Array | KeyColumns) -> str | None:
