@@ -5,14 +5,16 @@ import functools
 import jax
 
 from deepseek_v4.layer_spec import RopeSpec
-from pallas_kernels.compress import tpu, xla
+from pallas_kernels.compress import gpu, tpu, xla
 from pallas_kernels.gradients import with_twin_gradient
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import Unserved, choose
 
 _IMPLEMENTATIONS = {
     "xla": xla.compress,
     "tpu": with_twin_gradient(tpu.compress, xla.compress),
     "tpu_interpret": with_twin_gradient(functools.partial(tpu.compress, interpret=True), xla.compress),
+    "gpu": with_twin_gradient(gpu.compress, xla.compress),
+    "gpu_interpret": with_twin_gradient(functools.partial(gpu.compress, interpret=True), xla.compress),
 }
 
 
@@ -45,10 +47,16 @@ def compress(
     the caller drops. Storing what is returned, and the new rows in the rings, is the caller's: both are small.
     Gradients flow to kv, score, rings and norm_weight. Source: paper eq. 9-12, 20-23.
     """
-    reason = functools.partial(
+    on_tpu = functools.partial(
         tpu.unserved, kv=kv, kv_ring=kv_ring, ratio=ratio, overlap=overlap, rope=rope, dtype=dtype
     )
-    unserved = {"tpu": reason, "tpu_interpret": functools.partial(reason, compiled=False)}
+    on_gpu = functools.partial(gpu.unserved, kv, kv_ring, overlap, rope, dtype)
+    unserved: dict[str, Unserved] = {
+        "tpu": on_tpu,
+        "tpu_interpret": functools.partial(on_tpu, compiled=False),
+        "gpu": lambda chip: on_gpu(),
+        "gpu_interpret": lambda chip: on_gpu(compiled=False),
+    }
     return choose("compress", _IMPLEMENTATIONS, implementation, unserved)(
         kv=kv,
         score=score,

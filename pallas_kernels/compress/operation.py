@@ -10,7 +10,7 @@ import numpy as np
 
 from deepseek_v4.config import YarnScaling
 from deepseek_v4.layer_spec import RopeSpec
-from pallas_kernels.compress import compress, tpu
+from pallas_kernels.compress import compress, gpu, tpu
 from pallas_kernels.compress.cost import compress_cost
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import DECODE_ROWS, FLASH, PREFILL_QUERIES
@@ -85,7 +85,7 @@ def cases() -> tuple[Case, ...]:
 
 def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     if chip.platform == "cuda":
-        return "there is no kernel for GPUs yet"
+        return gpu.unserved(*(arguments[name] for name in ("kv", "kv_ring", "overlap", "rope", "dtype")))
     names = ("kv", "kv_ring", "ratio", "overlap", "rope", "dtype")
     return tpu.unserved(chip, **{name: arguments[name] for name in names})
 

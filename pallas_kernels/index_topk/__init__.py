@@ -7,12 +7,15 @@ from typing import Any
 import jax
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.index_topk import merge, tpu, xla
+from pallas_kernels.index_topk import gpu, merge, tpu, xla
+from pallas_kernels.index_topk.unserved import unserved_by
 
 _IMPLEMENTATIONS: dict[str, Callable] = {
     "xla": functools.partial(merge.twin_topk, xla.ranked_topk),
     "tpu": functools.partial(merge.kernel_topk, tpu.ranked_topk),
     "tpu_interpret": functools.partial(merge.kernel_topk, tpu.interpreted),
+    "gpu": functools.partial(merge.kernel_topk, gpu.ranked_topk),
+    "gpu_interpret": functools.partial(merge.kernel_topk, gpu.interpreted),
 }
 
 
@@ -43,7 +46,7 @@ def index_topk(
     unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``, and ``KeyColumns`` only those for TPUs. There is no
     gradient. Source: paper eq. 13-17.
     """
-    function = choose("index_topk", _IMPLEMENTATIONS, implementation, tpu.unserved_by(q, keys, k, first_entries))
+    function = choose("index_topk", _IMPLEMENTATIONS, implementation, unserved_by(q, keys, k, first_entries))
     split: dict[str, Any] = {"sum_over": sum_over, "keys_over": keys_over}
     if function is _IMPLEMENTATIONS["xla"]:
         split["first_entries"] = first_entries

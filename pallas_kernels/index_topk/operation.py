@@ -11,9 +11,9 @@ import numpy as np
 
 from deepseek_v4.formats import FP4_BLOCK
 from deepseek_v4.stored_rows import KeyColumns
-from pallas_kernels.index_topk import index_topk, tpu
+from pallas_kernels.index_topk import gpu, index_topk, tpu
 from pallas_kernels.index_topk.cost import topk_cost
-from pallas_kernels.index_topk.unserved import unserved
+from pallas_kernels.index_topk.unserved import unserved, unserved_on_gpu
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import CONTEXTS, DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape, context_name
 from pallas_kernels.targets import Chip
@@ -56,6 +56,8 @@ def _case(model: ModelShape, keys: str, phase: str, rows: int, context: int, que
         ),
         protected=("keys",),
         temporaries_limit=16 * MIB if decode else 4 * selected + MIB,
+        # Beside them, scores of as many queries as are worth a pass over the keys.
+        gpu_temporaries_limit=16 * MIB if decode else 4 * selected + 33 * MIB,
         representative=name in _CI,
         values=functools.partial(_values, batch, length, context, model.csa_ratio),
         split={"q": 0, "weights": 0, "keys": 1, "counts": 0} if decode else {},
@@ -88,9 +90,8 @@ def cases() -> tuple[Case, ...]:
 
 
 def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
-    if chip.platform == "cuda":
-        return "there is no kernel for GPUs yet"
-    return unserved(arguments["q"], arguments["keys"], arguments["k"], None)
+    rule = unserved_on_gpu if chip.platform == "cuda" else unserved
+    return rule(arguments["q"], arguments["keys"], arguments["k"], None)
 
 
 _TUNING = {
@@ -98,7 +99,12 @@ _TUNING = {
         shape_class=lambda arguments: tpu.shape_class(arguments["q"].shape[1]),
         candidates=lambda chip, arguments: tpu.CANDIDATES,
         run=lambda tiles: lambda **arguments: tpu.ranked_topk(**arguments, tiles=tiles)[1],
-    )
+    ),
+    "cuda": Tuning(
+        shape_class=lambda arguments: gpu.shape_class(arguments["q"].shape[1]),
+        candidates=lambda chip, arguments: gpu.CANDIDATES,
+        run=lambda parts: lambda **arguments: gpu.ranked_topk(**arguments, parts=parts)[1],
+    ),
 }
 
 OPERATION = Operation("index_topk", index_topk, cases, _unserved, _TUNING)

@@ -8,7 +8,6 @@ per query, where ``tpu_search`` and ``tpu_place`` find the k largest. XLA orders
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ from pallas_kernels.index_topk.tpu_keys import chunk_buffers, chunk_of_keys, rea
 from pallas_kernels.index_topk.tpu_place import prepare, select
 from pallas_kernels.index_topk.tpu_score import Plan, mirrored, score_chunk, spread_weights
 from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, SUBLANES, Memory, Selection, empty_chunks
-from pallas_kernels.index_topk.unserved import unserved
-from pallas_kernels.targets import Chip, current_chip
+from pallas_kernels.targets import current_chip
 from pallas_kernels.tuned import tuned
 
 _HEAD_TILE = 16
@@ -114,14 +112,6 @@ def ranked_topk(
 def interpreted(**arguments: Any) -> tuple[jax.Array, jax.Array]:
     """The kernel in Pallas' TPU interpreter, whose memory starts as NaN and whose transfers happen when awaited."""
     return ranked_topk(**arguments, interpret=pltpu.InterpretParams())
-
-
-def unserved_by(q, keys, k, first_entries) -> dict[str, Callable[[Chip | None], str | None]]:
-    """The rule in the form that ``choose`` takes."""
-    return {
-        "tpu": lambda chip: unserved(q, keys, k, first_entries),
-        "tpu_interpret": lambda chip: unserved(q, keys, k, first_entries, compiled=False),
-    }
 
 
 def _call(p: Plan, q, weights, keys, counts, layer, first_row, k, interpret) -> tuple[jax.Array, jax.Array]:

@@ -1,16 +1,53 @@
-"""Which calls the kernel of ``index_topk`` serves."""
+"""Which calls the kernels of ``index_topk`` serve."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from deepseek_v4.stored_rows import KeyRows
+from deepseek_v4.stored_rows import KeyColumns, KeyRows
 from pallas_kernels.index_topk.tpu_keys import unaligned
 from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, MAX_ENTRIES
+from pallas_kernels.targets import Chip
+
+_LEAST_PRODUCT = 16
+"""Rows and columns of the smallest product that Triton gives to tensor cores."""
+
+_MOST_SELECTED = 4096
+"""Most entries that the GPU kernel selects: a part of twice as many has to fit the registers."""
 
 
 def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = True) -> str | None:
-    """Why the kernel cannot serve q [B, S, Hi, di] with keys [n, B, T, di], or None. ``compiled``: not interpreted."""
+    """Why the TPU kernel cannot serve q [B, S, Hi, di] with keys [n, B, T, di], or None.
+
+    ``compiled``: not interpreted.
+    """
+    if reason := _unserved_everywhere(q, keys, first_entries):
+        return reason
+    if k > CHUNK:
+        return f"{k} of them are to be selected, at most {CHUNK}"
+    if compiled and q.shape[-1] % LANES:
+        return f"keys of {q.shape[-1]} channels are not a multiple of {LANES}"
+    return None
+
+
+def unserved_on_gpu(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = True) -> str | None:
+    """The same of the GPU kernel."""
+    if isinstance(keys, KeyColumns):
+        return "FP4 keys in columns"
+    if reason := _unserved_everywhere(q, keys, first_entries):
+        return reason
+    if k > _MOST_SELECTED:
+        return f"{k} of them are to be selected, at most {_MOST_SELECTED}"
+    if compiled and q.dtype != jnp.bfloat16:
+        return f"queries are {q.dtype}, expected bfloat16"
+    for what, size in (("heads", q.shape[2]), ("channels", q.shape[3])):
+        if compiled and (size & (size - 1) or size < _LEAST_PRODUCT):
+            return f"{size} {what} are not a power of two of at least {_LEAST_PRODUCT}"
+    return None
+
+
+def _unserved_everywhere(q: Any, keys: Any, first_entries: Any) -> str | None:
     if first_entries is not None:
         return "rows of several documents"
     if isinstance(keys, KeyRows):
@@ -23,8 +60,14 @@ def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = 
         return "there are no queries or no keys"
     if keys.shape[2] > MAX_ENTRIES:
         return f"{keys.shape[2]} keys, at most {MAX_ENTRIES}"
-    if k > CHUNK:
-        return f"{k} of them are to be selected, at most {CHUNK}"
-    if compiled and q.shape[-1] % LANES:
-        return f"keys of {q.shape[-1]} channels are not a multiple of {LANES}"
     return None
+
+
+def unserved_by(q, keys, k, first_entries) -> dict[str, Callable[[Chip | None], str | None]]:
+    """The rules in the form that ``choose`` takes."""
+    return {
+        "tpu": lambda chip: unserved(q, keys, k, first_entries),
+        "tpu_interpret": lambda chip: unserved(q, keys, k, first_entries, compiled=False),
+        "gpu": lambda chip: unserved_on_gpu(q, keys, k, first_entries),
+        "gpu_interpret": lambda chip: unserved_on_gpu(q, keys, k, first_entries, compiled=False),
+    }

@@ -16,7 +16,7 @@ from pallas_kernels.compress.cost import compress_cost, kernel_bytes
 from pallas_kernels.registry import operations
 from pallas_kernels.targets import chip
 
-IMPLEMENTATIONS = ("xla", "tpu_interpret")
+IMPLEMENTATIONS = ("xla", "tpu_interpret", "gpu_interpret")
 ROPE = RopeSpec(10000.0, 16, None)
 EPS = 1e-6
 WIDTH = 256

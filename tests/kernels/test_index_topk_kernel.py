@@ -1,4 +1,4 @@
-"""The kernel of index_topk, interpreted, against a float64 oracle: ties, collisions, bits in company."""
+"""The kernels of index_topk, interpreted, against a float64 oracle: ties, collisions, bits in company."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from small_models import compiled
 
 from deepseek_v4.formats import simulate_fp4
 from deepseek_v4.stored_rows import KeyColumns, KeyRows
-from pallas_kernels.index_topk import index_topk, merge, tpu, xla
+from pallas_kernels.index_topk import gpu, index_topk, merge, tpu, xla
 from pallas_kernels.registry import operations
 
 HEADS, WIDTH = 3, 8
+KERNELS = pytest.mark.parametrize("kernel", ["tpu_interpret", "gpu_interpret"])
 
 
 def _arrays(rng, batch, length, entries, *, integers):
@@ -38,12 +39,13 @@ def _best(scores, counts, k):
     return out
 
 
-def _kernel(q, weights, keys, counts, k, **rest):
+def _found(kernel, q, weights, keys, counts, k):
     arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
     arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
-    return np.asarray(index_topk(**arguments, layer=1, k=k, implementation="tpu_interpret", **rest))
+    return np.asarray(index_topk(**arguments, layer=1, k=k, implementation=kernel))
 
 
+@KERNELS
 @pytest.mark.parametrize(
     ("batch", "length", "entries", "k"),
     [
@@ -52,18 +54,19 @@ def _kernel(q, weights, keys, counts, k, **rest):
         (1, 2, 9000, 1024),  # more chunks than layers in a pass
     ],
 )
-def test_exact_and_stable_under_many_ties(batch, length, entries, k):
+def test_exact_and_stable_under_many_ties(kernel, batch, length, entries, k):
     """Small integers are exact in float32, and tie all the time, at the k-th place too."""
     rng = np.random.default_rng(entries)
     q, weights, keys = _arrays(rng, batch, length, entries, integers=True)
     counts = rng.integers(0, entries + 1, (batch, length))
     counts[0, 0] = entries
     counts[-1, -1] = 0 if batch > 1 else 5
-    found = _kernel(q, weights, keys, counts, k)
+    found = _found(kernel, q, weights, keys, counts, k)
     np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, k))
 
 
-def test_all_that_is_selected_may_lie_in_one_place_of_every_chunk():
+@KERNELS
+def test_all_that_is_selected_may_lie_in_one_place_of_every_chunk(kernel):
     """The packing's worst case: one lane of one row of 12 chunks, behind and between ties at zero."""
     entries, stride = 12 * 1024, 1024
     keys = np.zeros((2, 1, entries, WIDTH), np.float32)
@@ -72,12 +75,13 @@ def test_all_that_is_selected_may_lie_in_one_place_of_every_chunk():
     q = np.zeros((1, 1, HEADS, WIDTH), np.float32)
     q[..., 0] = 1
     weights = np.ones((1, 1, HEADS), np.float32)
-    found = _kernel(q, weights, keys, [[entries]], 32)
+    found = _found(kernel, q, weights, keys, [[entries]], 32)
     np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[entries]]), 32))
 
 
+@KERNELS
 @pytest.mark.parametrize("tied", [False, True])
-def test_candidates_of_many_chunks_and_too_many_of_them(tied):
+def test_candidates_of_many_chunks_and_too_many_of_them(kernel, tied):
     """Candidates are picked before they are searched, unless too many tie; float32 holds the integers' sums exactly."""
     entries, rng = 18 * 1024 - 40, np.random.default_rng(6)
     q, weights, keys = (rng.integers(-50, 51, shape) for shape in ((1, 3, 3, 8), (1, 3, 3), (2, 1, entries, 8)))
@@ -85,49 +89,68 @@ def test_candidates_of_many_chunks_and_too_many_of_them(tied):
         q[0, 1] = 0
     q, weights, keys = (a.astype(np.float32) for a in (q, weights, keys))
     counts = np.array([[entries, 17 * 1024 + 5, 700]])
-    found = _kernel(q, weights, keys, counts, 512)
+    found = _found(kernel, q, weights, keys, counts, 512)
     np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, 512))
 
 
-@pytest.fixture(scope="module")
-def random_case():
+@pytest.fixture(scope="module", params=["tpu_interpret", "gpu_interpret"])
+def random_case(request):
     rng = np.random.default_rng(3)
     q, weights, keys = _arrays(rng, 2, 5, 4100, integers=False)
     counts = np.array([[4100, 4000, 513, 2048, 1], [512, 0, 3000, 1025, 4099]])
     keys[1, 1, 4099:] = np.nan
-    return q, weights, keys, counts, _kernel(q, weights, keys, counts, 512)
+    return q, weights, keys, counts, _found(request.param, q, weights, keys, counts, 512), request.param
 
 
 def test_random_scores_are_selected_as_float64_would(random_case):
-    q, weights, keys, counts, found = random_case
+    q, weights, keys, counts, found, _ = random_case
     scores = _scores(q, weights, keys)
     np.testing.assert_array_equal(found, _best(scores, counts, 512))
 
 
 def test_bits_do_not_depend_on_company(random_case):
-    """One query alone, chunks of queries, other blocks and two cores select what all of them together do."""
-    q, weights, keys, counts, found = random_case
+    """One query alone, chunks of queries, other blocks, groups and two cores select what all of them together do."""
+    q, weights, keys, counts, found, kernel = random_case
     arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
     arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
     one = {name: a if name == "keys" else a[1:, 2:3] for name, a in arguments.items()}
-    interpret = pltpu.InterpretParams(num_cores_or_threads=1)
-    _, alone = tpu.ranked_topk(**one, layer=1, k=512, first_row=jnp.int32(1), interpret=interpret)
+    if kernel == "gpu_interpret":
+        ways = ({"budget": 1}, {"parts": gpu.Parts(1024, 4)})
+        ways = tuple(way | {"interpret": True} for way in ways)
+        call = gpu.ranked_topk
+    else:
+        cores = [pltpu.InterpretParams(num_cores_or_threads=n) for n in (1, 2)]
+        ways = {"interpret": cores[0]}, {"tiles": tpu.Tiles(queries=2, slots=2), "cores": 2, "interpret": cores[1]}
+        call = tpu.ranked_topk
+    _, alone = call(**one, layer=1, k=512, first_row=jnp.int32(1), **ways[0])
     np.testing.assert_array_equal(alone, found[1:, 2:3])
-    small = tpu.Tiles(queries=2, slots=2)
-    interpret = pltpu.InterpretParams(num_cores_or_threads=2)
-    scores, dealt = tpu.ranked_topk(**arguments, layer=1, k=512, tiles=small, cores=2, interpret=interpret)
+    scores, dealt = call(**arguments, layer=1, k=512, **ways[1])
     np.testing.assert_array_equal(dealt, found)
     expected = np.take_along_axis(_scores(q, weights, keys), np.maximum(found, 0), axis=-1)
     # float32 sums of 24 products of order one.
     np.testing.assert_allclose(scores, np.where(found >= 0, expected, -np.inf), rtol=0, atol=2e-5)
 
 
-def test_bfloat16_keys_select_as_float64_would():
+def test_groups_of_queries_and_longer_tournaments_change_nothing():
+    """Chunks of prompts in several groups of blocks, the last of which are computed twice; six rounds."""
+    rng = np.random.default_rng(8)
+    q, weights, keys = _arrays(rng, 2, 11, 3000, integers=True)
+    counts = rng.integers(0, 3001, (2, 11))
+    p = gpu.Plan(2, 11, 3000, 60, gpu.Parts(128, 4), 900_000, True)
+    assert (p.queries, p.blocks, p.group, [parts for _, parts in p.rounds]) == (8, 4, 3, [24, 12, 6, 3, 2, 1])
+    arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
+    arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
+    _, found = gpu.ranked_topk(**arguments, layer=1, k=60, parts=p.parts, budget=p.budget, interpret=True)
+    np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), counts, 60))
+
+
+@KERNELS
+def test_bfloat16_keys_select_as_float64_would(kernel):
     rng = np.random.default_rng(5)
     q, weights, keys = _arrays(rng, 1, 1, 1500, integers=False)
     q, keys = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (q, keys))
     arguments = (jnp.asarray(q, jnp.bfloat16), jnp.asarray(weights), jnp.asarray(keys, jnp.bfloat16))
-    found = index_topk(*arguments, jnp.array([[1500]]), layer=1, k=100, implementation="tpu_interpret")
+    found = index_topk(*arguments, jnp.array([[1500]]), layer=1, k=100, implementation=kernel)
     np.testing.assert_array_equal(found, _best(_scores(q, weights, keys), np.array([[1500]]), 100))
 
 
@@ -191,6 +214,8 @@ def test_what_no_kernel_serves_is_refused_by_name_and_left_to_the_twin():
     published = KeyRows(jnp.zeros((1, 1, 40, 32), jnp.uint8), jnp.ones((1, 1, 40, 2), jnp.float8_e8m0fnu))
     uneven = KeyColumns(jnp.zeros((1, 1, 8, 40), jnp.uint32), jnp.zeros((1, 1, 1, 40), jnp.uint32))
     many = jax.ShapeDtypeStruct((1, 1, 1 << 19, 64), jnp.float32)
+    with pytest.raises(ValueError, match="2 heads are not a power of two of at least 16"):
+        index_topk(q.astype(jnp.bfloat16), weights, keys, counts, k=4, implementation="gpu")
     for keys_of_call, rest, reason in (
         (keys, {"first_entries": counts}, "several documents"),
         (published, {}, "published layout by rows"),

@@ -1,0 +1,326 @@
+"""GPU kernels (Pallas on Triton) of ``index_topk``: scores of a few queries at a time, and a tournament among them.
+
+Scores of a group of queries, as many as fit a fixed part of the L2 cache, are written as unsigned integers in the same
+order: a program multiplies a tile of keys with one query after another, heads along the columns, and adds them there.
+The selection then cuts every query's scores into parts, and a program per part finds its k largest: the k-th by
+bisection of its bits with the part in registers, then the place of each by one cumulative sum, which leaves them in
+the order of their indices. What is selected is the next round's input, until one part is left. Each key is scored
+once, no sum crosses programs, and the result is exact whatever the parts. XLA puts the k in descending order.
+
+Written on the Triton backend of Pallas, which jax 0.10.2 has and 0.11 calls deprecated. Nothing here was ever timed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from deepseek_v4.stored_rows import layer_of
+from deepseek_v4.execution import dot_precision
+from pallas_kernels.targets import current_chip
+from pallas_kernels.tuned import tuned
+
+_KEYS = 128
+"""Keys of a product. The order of a score's sum may depend on its shape, which is therefore the same for all calls."""
+
+_WARPS = 4
+
+FEW_QUERIES = 8
+"""Queries that share a tile of keys; calls of no more per row are decode."""
+
+_FEW_BYTES = 11 << 20
+_MANY_BYTES = 32 << 20
+"""Memory of scores and of what rounds select, in decode and in chunks of prompts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Block sizes of the selection, the numbers that a tuner sweeps; none of them changes a result.
+
+    Scores of a part, a power of two (more where k asks for it), and the warps that share it.
+    """
+
+    part: int = 8192
+    warps: int = 16
+
+
+CANDIDATES = (Parts(), Parts(4096, 4), Parts(4096, 8), Parts(8192, 8), Parts(16384, 16))
+"""What a tuner may try."""
+
+
+def shape_class(length: int) -> str:
+    """The class of shapes that share a choice of ``Parts``."""
+    return "decode" if length <= FEW_QUERIES else "prefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one call: sizes, and ``group`` blocks of ``queries`` of one row that go together."""
+
+    batch: int
+    length: int
+    entries: int
+    k: int
+    parts: Parts
+    budget: int
+    interpreted: bool
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block."""
+        return min(FEW_QUERIES, self.length)
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of a row; the last may lack queries."""
+        return pl.cdiv(self.length, self.queries)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all rows."""
+        return self.batch * self.row_blocks
+
+    @property
+    def key_blocks(self) -> int:
+        """Products of a query."""
+        return pl.cdiv(self.entries, _KEYS)
+
+    @property
+    def part(self) -> int:
+        """Scores of a part: at least twice what is selected of it, no more than there are."""
+        return min(max(self.parts.part, pl.next_power_of_2(2 * self.k)), pl.next_power_of_2(self.entries))
+
+    @property
+    def rounds(self) -> list[tuple[int, int]]:
+        """Of every round of the tournament: how many come in per query, and in how many parts."""
+        found = [(self.entries, pl.cdiv(self.entries, self.part))]
+        while found[-1][1] > 1:
+            width = found[-1][1] * self.k
+            found.append((width, pl.cdiv(width, self.part)))
+        return found
+
+    @property
+    def group(self) -> int:
+        """Blocks whose scores are in memory together."""
+        selected = sum(8 * parts * self.k for _, parts in self.rounds)
+        block = self.queries * (4 * self.key_blocks * _KEYS + selected)
+        return max(1, min(self.blocks, self.budget // block))
+
+
+def ranked_topk(
+    *,
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    counts: jax.Array,
+    layer: jax.Array | int,
+    k: int,
+    first_row: jax.Array | int = 0,
+    parts: Parts | None = None,
+    budget: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """What ``pallas_kernels.index_topk.index_topk`` selects with its scores: (float32 [B, S, K], int32 [B, S, K]).
+
+    ``first_row`` is the row of the keys that belongs to the first of the B rows; ``budget`` the bytes of scores in
+    memory (default: by the number of queries).
+    """
+    q, weights, keys = lax.stop_gradient((q, weights, keys))
+    batch, length = q.shape[:2]
+    parts = parts or tuned("index_topk", None if interpret else current_chip(), shape_class(length), Parts())
+    if keys.dtype != q.dtype:
+        keys, layer = layer_of(keys, layer)[None].astype(q.dtype), 0
+    entries = keys.shape[2]
+    budget = budget or (_FEW_BYTES if length <= FEW_QUERIES else _MANY_BYTES)
+    p = Plan(batch, length, entries, min(k, entries), parts, budget, interpret)
+    padding = p.row_blocks * p.queries - length
+    limits = jnp.pad(jnp.clip(counts.astype(jnp.int32), 0, entries), ((0, 0), (0, padding)))
+    limits = limits.reshape(p.blocks, p.queries)
+    where = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(first_row, jnp.int32)])
+    weights = weights.astype(jnp.float32)
+
+    def some(first):
+        own = lax.dynamic_slice_in_dim(limits, first, p.group).reshape(-1)
+        at = jnp.concatenate([where, jnp.asarray(first, jnp.int32)[None]])
+        return _tournament(p, _scores(p, at, own, q, weights, keys), own)
+
+    def visit(index, found):
+        # The last blocks may be computed twice, with the same result.
+        first = jnp.minimum(index * p.group, p.blocks - p.group)
+        return jax.tree.map(
+            lambda a, new: lax.dynamic_update_slice_in_dim(a, new, first * p.queries, 0), found, some(first)
+        )
+
+    if p.group == p.blocks:
+        found = some(jnp.int32(0))
+    else:
+        shape = (p.blocks * p.queries, p.k)
+        nothing = (jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.int32))
+        found = lax.fori_loop(0, pl.cdiv(p.blocks, p.group), visit, nothing)
+    ordered, indices = (a.reshape(batch, -1, p.k)[:, :length] for a in found)
+    # Descending scores, ties to the lowest index; what was not selected comes last.
+    falling, indices = lax.sort((~ordered, indices), dimension=-1, num_keys=2, is_stable=False)
+    scores = lax.bitcast_convert_type(_bits(~falling), jnp.float32)
+    return jnp.where(indices >= 0, scores, -jnp.inf), indices
+
+
+def interpreted(**arguments: Any) -> tuple[jax.Array, jax.Array]:
+    """The kernels in Pallas' interpreter."""
+    return ranked_topk(**arguments, interpret=True)
+
+
+def _whole(a: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec(a.shape, lambda *_: (0,) * a.ndim)
+
+
+def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
+    """Scores of a group's queries as ordered integers, uint32 [Q, T in whole tiles]; 0 where a key is not visible.
+
+    ``at`` is the layer, the first row of the keys and the group's first block. Tiles beyond all that the queries of a
+    block see are not written.
+    """
+    operands = (at, limits, q, weights, keys)
+    return pl.pallas_call(
+        functools.partial(_score_kernel, p),
+        # Blocks of queries that look at the same keys are neighbours in time.
+        grid=(p.group, p.key_blocks),
+        in_specs=[_whole(a) for a in operands],
+        out_specs=pl.BlockSpec((p.queries, _KEYS), lambda block, tile: (block, tile)),
+        out_shape=jax.ShapeDtypeStruct((p.group * p.queries, p.key_blocks * _KEYS), jnp.uint32),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=2),
+        interpret=p.interpreted,
+        name="index_topk_scores",
+    )(*operands)
+
+
+def _score_kernel(p: Plan, at, limits, q, weights, keys, out):
+    own, tile = pl.program_id(0), pl.program_id(1)
+    block = at[2] + own
+    row, first = block // p.row_blocks, block % p.row_blocks * p.queries
+    key = tile * _KEYS + jnp.arange(_KEYS, dtype=jnp.int32)
+    shape = (_KEYS, q.shape[-1])
+    present = jnp.broadcast_to((key < p.entries)[:, None], shape)
+    place = jnp.broadcast_to(jnp.where(key < p.entries, key, 0)[:, None], shape)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    zero = jnp.zeros((), keys.dtype)
+    most = lax.fori_loop(0, p.queries, lambda i, most: jnp.maximum(most, limits[own * p.queries + i]), jnp.int32(0))
+
+    def visit(i, rows):
+        products = lax.dot_general(
+            rows,
+            _operand(p, q[row, first + i]),
+            (((1,), (1,)), ((), ())),
+            precision=dot_precision(rows.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        total = jnp.sum(jnp.maximum(products, 0.0) * weights[row, first + i][None, :], axis=1)
+        visible = key < limits[own * p.queries + i]
+        out[i, :] = jnp.where(visible, _ordered(total), jnp.uint32(0))
+        return rows
+
+    real = jnp.minimum(p.queries, p.length - first)
+    real = jnp.where(tile * _KEYS < most, real, 0)
+
+    @pl.when(real > 0)
+    def _():
+        rows = plgpu.load(keys.at[at[0], at[1] + row, place, channel], mask=present, other=zero)
+        lax.fori_loop(0, real, visit, _operand(p, rows))
+
+
+def _operand(p: Plan, a):
+    # The CPU under the interpreter lacks some bfloat16 products; in float32 the same products are exact.
+    return a.astype(jnp.float32) if p.interpreted else a
+
+
+def _ordered(scores):
+    """float32 numbers as unsigned integers in their order, all above 0 but for one NaN."""
+    bits = lax.bitcast_convert_type(scores, jnp.uint32)
+    # A negative weight times relu 0 is -0, which must tie with 0 and not rank below it.
+    bits = jnp.where(bits == jnp.uint32(0x80000000), jnp.uint32(0), bits)
+    return jnp.where(bits >> 31 == 0, bits | jnp.uint32(0x80000000), ~bits)
+
+
+def _bits(ordered):
+    """The bits of ordered numbers."""
+    return jnp.where(ordered >> 31 == 0, ~ordered, ordered & jnp.uint32(0x7FFFFFFF))
+
+
+def _tournament(p: Plan, ordered, limits) -> tuple[jax.Array, jax.Array]:
+    """The k largest of each row of scores [Q, T], of which ``limits`` [Q] are there: themselves and their indices.
+
+    Both are [Q, k] in the order of indices; 0 and -1 where there are fewer.
+    """
+    found: Sequence[jax.Array] = (ordered,)
+    for _, parts in p.rounds:
+        operands = (limits, *found)
+        shape = (limits.shape[0], parts * p.k)
+        found = pl.pallas_call(
+            functools.partial(_select_kernel, p),
+            grid=(limits.shape[0], parts),
+            in_specs=[_whole(a) for a in operands],
+            out_specs=[pl.BlockSpec(shape, lambda *_: (0, 0))] * 2,
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.uint32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+            compiler_params=plgpu.CompilerParams(num_warps=p.parts.warps, num_stages=1),
+            interpret=p.interpreted,
+            name="index_topk_select",
+        )(*operands)
+        limits = pl.cdiv(limits, p.part) * p.k
+    ordered, indices = found
+    return ordered, indices
+
+
+def _select_kernel(p: Plan, limits, values, *refs):
+    *indices, values_out, indices_out = refs
+    query, part = pl.program_id(0), pl.program_id(1)
+    limit = limits[query]
+
+    # A part that nobody needs leaves its places as they are: the next round's limit ends before them.
+    @pl.when((part * p.part < limit) | (part == 0))
+    def _():
+        place = part * p.part + jnp.arange(p.part, dtype=jnp.int32)
+        there = place < limit
+        value = plgpu.load(values.at[query, place], mask=there, other=jnp.uint32(0))
+        threshold = _kth(value, p.k)
+        larger, equal = value > threshold, (value == threshold) & (value != 0)
+        # Two cumulative sums in one; of those that equal the k-th, the first fill what is left.
+        both = larger.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
+        before = lax.cumsum(both)
+        left = p.k - jnp.sum(larger.astype(jnp.int32))
+        equals = before >> 16
+        chosen = larger | (equal & (equals <= left))
+        rank = (before & 0xFFFF) + jnp.minimum(equals, left) - 1
+        index = place
+        if indices:
+            index = plgpu.load(indices[0].at[query, place], mask=chosen, other=jnp.int32(-1))
+        # What has no place is beyond all of them, for the interpreter's sake.
+        to = jnp.where(chosen, part * p.k + rank, values_out.shape[1])
+        plgpu.store(values_out.at[query, to], value, mask=chosen)
+        plgpu.store(indices_out.at[query, to], index, mask=chosen)
+        slot = jnp.arange(pl.next_power_of_2(p.k), dtype=jnp.int32)
+        empty = (slot < p.k) & (slot >= jnp.sum(chosen.astype(jnp.int32)))
+        to = jnp.where(empty, part * p.k + slot, values_out.shape[1])
+        plgpu.store(values_out.at[query, to], jnp.zeros(slot.shape, jnp.uint32), mask=empty)
+        plgpu.store(indices_out.at[query, to], jnp.full(slot.shape, -1, jnp.int32), mask=empty)
+
+
+def _kth(value, k: int):
+    """The k-th largest of a vector of uint32, or a number below it that just k of them reach; 0 if there are fewer."""
+
+    def going_on(state):
+        bit, _, reached = state
+        return (bit >= 0) & (reached != k)
+
+    def halve(state):
+        bit, found, reached = state
+        higher = found | (jnp.uint32(1) << bit.astype(jnp.uint32))
+        count = jnp.sum((value >= higher).astype(jnp.int32))
+        enough = count >= k
+        return bit - 1, jnp.where(enough, higher, found), jnp.where(enough, count, reached)
+
+    return lax.while_loop(going_on, halve, (jnp.int32(31), jnp.uint32(0), jnp.int32(0)))[1]
