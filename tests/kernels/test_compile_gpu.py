@@ -31,9 +31,10 @@ def test_every_shape_compiles(target):
 
 
 @pytest.mark.parametrize("target", ["h200", "b200"])
-def test_every_case_has_a_kernel(target):
-    """Every operation is served at every named shape."""
+def test_every_case_of_inference_has_a_kernel(target):
+    """What inference runs is served at every named shape; attention in training says that it is not."""
     chip = targets.chip(target)
-    for operation in operations().values():
+    for name, operation in operations().items():
+        twin = name in ("compressed_attention_training", "compressed_attention_gradient")
         for case in operation.cases():
-            assert operation.unserved(chip, case.arguments) is None, case.name
+            assert (operation.unserved(chip, case.arguments) is None) != twin, case.name
