@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from deepseek_v4.stored_rows import layer_of
 from deepseek_v4.execution import dot_precision
+from deepseek_v4.stored_rows import layer_of
 from pallas_kernels.targets import current_chip
 from pallas_kernels.tuned import tuned
 
