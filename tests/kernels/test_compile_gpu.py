@@ -37,5 +37,5 @@ def test_every_case_of_inference_has_a_kernel(target):
     for name, operation in operations().items():
         training = name in ("compressed_attention_training", "compressed_attention_gradient")
         for case in operation.cases():
-            twin = training or "/fp4/" in case.name and name == "index_topk"
+            twin = training or ("/fp4/" in case.name and name == "index_topk")
             assert (operation.unserved(chip, case.arguments) is None) != twin, case.name
