@@ -13,11 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compressed_attention import tpu_backward, tpu_training, xla
+from pallas_kernels.compressed_attention import tpu_backward, tpu_training, training_plan, xla
 from pallas_kernels.compressed_attention.blocks import shape_class
 from pallas_kernels.compressed_attention.cost import training_cost
 from pallas_kernels.compressed_attention.tpu_common import LANES, SUBLANES
-from pallas_kernels.compressed_attention.tpu_training import MAX_ENTRIES, Inputs, TrainingPlan, TrainingTiles
+from pallas_kernels.compressed_attention.training_plan import MAX_ENTRIES, Inputs, TrainingPlan, TrainingTiles
 from pallas_kernels.gradients import with_twin_gradient
 from pallas_kernels.implementation import choose
 from pallas_kernels.targets import Chip, current_chip
@@ -171,7 +171,7 @@ def _prepared(arguments, tiles, cores, interpret) -> tuple[TrainingPlan, Inputs]
     a = arguments
     chip = None if interpret else current_chip()
     tiles = tiles or tuned("compressed_attention_training", chip, shape_class(a["q"].shape[2]), TrainingTiles())
-    plan = tpu_training.plan_of(
+    plan = training_plan.plan_of(
         a["q"],
         a["entries"],
         a["indices"],
@@ -182,7 +182,7 @@ def _prepared(arguments, tiles, cores, interpret) -> tuple[TrainingPlan, Inputs]
         interpret=interpret,
     )
     names = ("window", "start", "entries", "layer", "counts", "indices", "window_counts", "first_entries")
-    return plan, tpu_training.inputs_of(plan, *(a[name] for name in names))
+    return plan, training_plan.inputs_of(plan, *(a[name] for name in names))
 
 
 def _estimate(plan: TrainingPlan, *, backward: bool) -> pl.CostEstimate:

@@ -15,24 +15,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.compressed_attention.tpu_common import LANES
-from pallas_kernels.compressed_attention.tpu_training import (
-    Inputs,
-    TrainingPlan,
+from pallas_kernels.compressed_attention.training_common import (
     bring_window,
-    compiler_params,
     contract,
     entry_blocks,
     entry_rows,
-    head_spec,
     in_window,
-    input_specs,
-    query_spec,
     read_columns,
     selected,
     split_refs,
-    sums_spec,
     tiled,
     window_rows,
+)
+from pallas_kernels.compressed_attention.training_plan import (
+    Inputs,
+    TrainingPlan,
+    compiler_params,
+    head_spec,
+    input_specs,
+    query_spec,
+    sums_spec,
 )
 
 

@@ -12,7 +12,7 @@ from test_compressed_attention import SCALE, WIDTH, WINDOW, Float64, Problem, ma
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.compressed_attention import gradient as of_training
 from pallas_kernels.compressed_attention.multiplicity import multiplicity
-from pallas_kernels.compressed_attention.tpu_training import TrainingTiles
+from pallas_kernels.compressed_attention.training_plan import TrainingTiles
 from pallas_kernels.registry import operations
 
 # Small enough that a few dozen tokens take several turns of every loop.
