@@ -30,16 +30,27 @@ def fp4_tile(words: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -
     Exact in bfloat16 for scales from 2^-125 to 2^121. A code with one more exponent bit at its front is E4M3's for a
     64th of its value, all sixteen of them; the scale takes the 64 back.
     """
-    planes = []
-    for nibbles in (words, words >> 4):
-        magnitude = (nibbles & jnp.uint32(0x07070707)) << 2
-        planes.append(_e4m3_bytes(magnitude | ((nibbles & jnp.uint32(0x08080808)) << 4), jnp.bfloat16))
     # Four words of eight codes share a byte of scale.
     shift = lax.broadcasted_iota(jnp.int32, words.shape, 1) // 4 * 8
     byte = (scales[:, None] >> shift.astype(jnp.uint32)) & jnp.uint32(255)
-    scale = lax.bitcast_convert_type(((byte + 6) << 7).astype(jnp.uint16), jnp.bfloat16)
-    even, odd = ([(plane * scale).astype(dtype) for plane in half] for half in planes)
+    even, odd = ([plane.astype(dtype) for plane in _fp4_planes(nibbles, byte)] for nibbles in (words, words >> 4))
     return _interleaved([plane for pair in zip(even, odd, strict=True) for plane in pair])
+
+
+def fp4_halves(words: jax.Array, scales: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Words [N, C] of packed E2M1 codes to bfloat16 values [N, 4C] of the low nibbles and of the high ones.
+
+    ``scales`` [N, C] are E8M0 bytes of each word's low and high nibbles. Exact as ``fp4_tile`` is.
+    """
+    low, high = (_interleaved(_fp4_planes(n, byte)) for n, byte in zip((words, words >> 4), scales, strict=True))
+    return low, high
+
+
+def _fp4_planes(nibbles: jax.Array, scales: jax.Array) -> list[jax.Array]:
+    """bfloat16 values of the low nibbles of the bytes of words, four arrays, times an E8M0 byte of ``scales`` per word."""
+    codes = ((nibbles & jnp.uint32(0x07070707)) << 2) | ((nibbles & jnp.uint32(0x08080808)) << 4)
+    scale = lax.bitcast_convert_type(((scales + 6) << 7).astype(jnp.uint16), jnp.bfloat16)
+    return [plane * scale for plane in _e4m3_bytes(codes, jnp.bfloat16)]
 
 
 def _e4m3_bytes(words: jax.Array, dtype: jax.typing.DTypeLike) -> list[jax.Array]:

@@ -1,11 +1,12 @@
 """GPU kernels (Pallas on Triton) of ``index_topk``: scores of a few queries at a time, and a tournament among them.
 
 Scores of a group of queries, as many as fit a fixed part of the L2 cache, are written as unsigned integers in the same
-order: a program multiplies a tile of keys with one query after another, heads along the columns, and adds them there.
-The selection then cuts every query's scores into parts, and a program per part finds its k largest: the k-th by
-bisection of its bits with the part in registers, then the place of each by one cumulative sum, which leaves them in
-the order of their indices. What is selected is the next round's input, until one part is left. Each key is scored
-once, no sum crosses programs, and the result is exact whatever the parts. XLA puts the k in descending order.
+order: a program multiplies a tile of keys, numbers or FP4 in columns, which it decodes in registers, with one query
+after another, heads along the columns, and adds them there. The selection then cuts every query's scores into parts,
+and a program per part finds its k largest: the k-th by bisection of its bits with the part in registers, then the place
+of each by one cumulative sum, which leaves them in the order of their indices. What is selected is the next round's
+input, until one part is left. Each key is scored once, no sum crosses programs, and the result is exact whatever the
+parts. XLA puts the k in descending order.
 
 Written on the Triton backend of Pallas, which jax 0.10.2 has and 0.11 calls deprecated. Nothing here was ever timed.
 """
@@ -22,7 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.execution import dot_precision
-from deepseek_v4.stored_rows import layer_of
+from deepseek_v4.formats import FP4_BLOCK
+from deepseek_v4.stored_rows import KeyColumns, layer_of
+from pallas_kernels.gpu_decode import fp4_halves
 from pallas_kernels.targets import current_chip
 from pallas_kernels.tuned import tuned
 
@@ -134,7 +137,7 @@ def ranked_topk(
     q, weights, keys = lax.stop_gradient((q, weights, keys))
     batch, length = q.shape[:2]
     parts = parts or tuned("index_topk", None if interpret else current_chip(), shape_class(length), Parts())
-    if keys.dtype != q.dtype:
+    if not isinstance(keys, KeyColumns) and keys.dtype != q.dtype:
         keys, layer = layer_of(keys, layer)[None].astype(q.dtype), 0
     entries = keys.shape[2]
     budget = budget or (_FEW_BYTES if length <= FEW_QUERIES else _MANY_BYTES)
@@ -185,7 +188,8 @@ def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
     ``at`` is the layer, the first row of the keys and the group's first block. Tiles beyond all that the queries of a
     block see are not written.
     """
-    operands = (at, limits, q, weights, keys)
+    # Keys in columns are two arrays of words, read in place.
+    operands = (at, limits, q, weights, *jax.tree.leaves(keys))
     return pl.pallas_call(
         functools.partial(_score_kernel, p),
         # Blocks of queries that look at the same keys are neighbours in time.
@@ -199,25 +203,27 @@ def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
     )(*operands)
 
 
-def _score_kernel(p: Plan, at, limits, q, weights, keys, out):
+def _score_kernel(p: Plan, at, limits, q, weights, *refs):
+    *keys, out = refs
     own, tile = pl.program_id(0), pl.program_id(1)
     block = at[2] + own
     row, first = block // p.row_blocks, block % p.row_blocks * p.queries
     key = tile * _KEYS + jnp.arange(_KEYS, dtype=jnp.int32)
-    shape = (_KEYS, q.shape[-1])
-    present = jnp.broadcast_to((key < p.entries)[:, None], shape)
-    place = jnp.broadcast_to(jnp.where(key < p.entries, key, 0)[:, None], shape)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-    zero = jnp.zeros((), keys.dtype)
     most = lax.fori_loop(0, p.queries, lambda i, most: jnp.maximum(most, limits[own * p.queries + i]), jnp.int32(0))
+    width = q.shape[-1]
+    # Numbers enter one product, FP4 two: of the channels that the low nibbles hold and of the others.
+    spans = [slice(0, width)] if len(keys) == 1 else [slice(0, width // 2), slice(width // 2, width)]
 
     def visit(i, rows):
-        products = lax.dot_general(
-            rows,
-            _operand(p, q[row, first + i]),
-            (((1,), (1,)), ((), ())),
-            precision=dot_precision(rows.dtype),
-            preferred_element_type=jnp.float32,
+        products = sum(
+            lax.dot_general(
+                part,
+                _operand(p, q[row, first + i, :, span]),
+                (((1,), (1,)), ((), ())),
+                precision=dot_precision(part.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for part, span in zip(rows, spans, strict=True)
         )
         total = jnp.sum(jnp.maximum(products, 0.0) * weights[row, first + i][None, :], axis=1)
         visible = key < limits[own * p.queries + i]
@@ -229,8 +235,36 @@ def _score_kernel(p: Plan, at, limits, q, weights, keys, out):
 
     @pl.when(real > 0)
     def _():
-        rows = plgpu.load(keys.at[at[0], at[1] + row, place, channel], mask=present, other=zero)
-        lax.fori_loop(0, real, visit, _operand(p, rows))
+        read = _numbers if len(keys) == 1 else _columns
+        rows = read(keys, (at[0], at[1] + row), key, p.entries, width)
+        lax.fori_loop(0, real, visit, tuple(_operand(p, part) for part in rows))
+
+
+def _numbers(keys, where, key, entries, width):
+    """Keys [128, d] from [n, B, T, d]; 0 beyond the last."""
+    (rows,) = keys
+    shape = (_KEYS, width)
+    present = jnp.broadcast_to((key < entries)[:, None], shape)
+    place = jnp.broadcast_to(jnp.where(key < entries, key, 0)[:, None], shape)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (plgpu.load(rows.at[(*where, place, channel)], mask=present, other=jnp.zeros((), rows.dtype)),)
+
+
+def _columns(keys, where, key, entries, width):
+    """Both halves [128, d / 2] of the channels of keys in columns (``deepseek_v4.stored_rows.KeyColumns``)."""
+    codes, scales = keys
+    shape = (_KEYS, width // 8)
+    present = jnp.broadcast_to((key < entries)[:, None], shape)
+    place = jnp.broadcast_to(jnp.where(key < entries, key, 0)[:, None], shape)
+    word = lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def scale_bytes(half):
+        group = (half * (width // 2) + word * 4) // FP4_BLOCK
+        words = plgpu.load(scales.at[(*where, group // 4, place)], mask=present, other=jnp.uint32(0))
+        return (words >> (group % 4 * 8).astype(jnp.uint32)) & jnp.uint32(255)
+
+    words = plgpu.load(codes.at[(*where, word, place)], mask=present, other=jnp.uint32(0))
+    return fp4_halves(words, (scale_bytes(0), scale_bytes(1)))
 
 
 def _operand(p: Plan, a):

@@ -33,17 +33,16 @@ def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = 
 
 def unserved_on_gpu(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = True) -> str | None:
     """The same of the GPU kernel."""
-    if isinstance(keys, KeyColumns):
-        return "FP4 keys in columns"
     if reason := _unserved_everywhere(q, keys, first_entries):
         return reason
     if k > _MOST_SELECTED:
         return f"{k} of them are to be selected, at most {_MOST_SELECTED}"
     if compiled and q.dtype != jnp.bfloat16:
         return f"queries are {q.dtype}, expected bfloat16"
-    for what, size in (("heads", q.shape[2]), ("channels", q.shape[3])):
-        if compiled and (size & (size - 1) or size < _LEAST_PRODUCT):
-            return f"{size} {what} are not a power of two of at least {_LEAST_PRODUCT}"
+    halves = 2 if isinstance(keys, KeyColumns) else 1
+    for what, size, least in (("heads", q.shape[2], _LEAST_PRODUCT), ("channels", q.shape[3], halves * _LEAST_PRODUCT)):
+        if compiled and (size & (size - 1) or size < least):
+            return f"{size} {what} are not a power of two of at least {least}"
     return None
 
 

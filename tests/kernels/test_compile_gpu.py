@@ -32,10 +32,9 @@ def test_every_shape_compiles(target):
 
 @pytest.mark.parametrize("target", ["h200", "b200"])
 def test_every_case_of_inference_has_a_kernel(target):
-    """What inference runs is served at every named shape but for FP4 keys; attention in training is not."""
+    """What inference runs is served at every named shape; attention in training is not."""
     chip = targets.chip(target)
     for name, operation in operations().items():
-        training = name in ("compressed_attention_training", "compressed_attention_gradient")
+        twin = name in ("compressed_attention_training", "compressed_attention_gradient")
         for case in operation.cases():
-            twin = training or ("/fp4/" in case.name and name == "index_topk")
             assert (operation.unserved(chip, case.arguments) is None) != twin, case.name
