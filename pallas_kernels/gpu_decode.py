@@ -47,7 +47,7 @@ def fp4_halves(words: jax.Array, scales: tuple[jax.Array, jax.Array]) -> tuple[j
 
 
 def _fp4_planes(nibbles: jax.Array, scales: jax.Array) -> list[jax.Array]:
-    """bfloat16 values of the low nibbles of the bytes of words, four arrays, times an E8M0 byte of ``scales`` per word."""
+    """bfloat16 values of the low nibble of each byte of words, in four arrays, times words' E8M0 bytes ``scales``."""
     codes = ((nibbles & jnp.uint32(0x07070707)) << 2) | ((nibbles & jnp.uint32(0x08080808)) << 4)
     scale = lax.bitcast_convert_type(((scales + 6) << 7).astype(jnp.uint16), jnp.bfloat16)
     return [plane * scale for plane in _e4m3_bytes(codes, jnp.bfloat16)]

@@ -11,9 +11,7 @@ parts. XLA puts the k in descending order.
 Written on the Triton backend of Pallas, which jax 0.10.2 has and 0.11 calls deprecated. Nothing here was ever timed.
 """
 
-import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,94 +24,16 @@ from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import FP4_BLOCK
 from deepseek_v4.stored_rows import KeyColumns, layer_of
 from pallas_kernels.gpu_decode import fp4_halves
+from pallas_kernels.index_topk.gpu_plan import FEW_QUERIES, KEYS, Parts, Plan, shape_class
+from pallas_kernels.index_topk.gpu_select import tournament, whole
 from pallas_kernels.targets import current_chip
 from pallas_kernels.tuned import tuned
 
-_KEYS = 128
-"""Keys of a product. The order of a score's sum may depend on its shape, which is therefore the same for all calls."""
-
 _WARPS = 4
-
-FEW_QUERIES = 8
-"""Queries that share a tile of keys; calls of no more per row are decode."""
 
 _FEW_BYTES = 11 << 20
 _MANY_BYTES = 32 << 20
 """Memory of scores and of what rounds select, in decode and in chunks of prompts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """Block sizes of the selection, the numbers that a tuner sweeps; none of them changes a result.
-
-    Scores of a part, a power of two (more where k asks for it), and the warps that share it.
-    """
-
-    part: int = 8192
-    warps: int = 16
-
-
-CANDIDATES = (Parts(), Parts(4096, 4), Parts(4096, 8), Parts(8192, 8), Parts(16384, 16))
-"""What a tuner may try."""
-
-
-def shape_class(length: int) -> str:
-    """The class of shapes that share a choice of ``Parts``."""
-    return "decode" if length <= FEW_QUERIES else "prefill"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one call: sizes, and ``group`` blocks of ``queries`` of one row that go together."""
-
-    batch: int
-    length: int
-    entries: int
-    k: int
-    parts: Parts
-    budget: int
-    interpreted: bool
-
-    @property
-    def queries(self) -> int:
-        """Queries of a block."""
-        return min(FEW_QUERIES, self.length)
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks of a row; the last may lack queries."""
-        return pl.cdiv(self.length, self.queries)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of all rows."""
-        return self.batch * self.row_blocks
-
-    @property
-    def key_blocks(self) -> int:
-        """Products of a query."""
-        return pl.cdiv(self.entries, _KEYS)
-
-    @property
-    def part(self) -> int:
-        """Scores of a part: at least twice what is selected of it, no more than there are."""
-        return min(max(self.parts.part, pl.next_power_of_2(2 * self.k)), pl.next_power_of_2(self.entries))
-
-    @property
-    def rounds(self) -> list[tuple[int, int]]:
-        """Of every round of the tournament: how many come in per query, and in how many parts."""
-        found = [(self.entries, pl.cdiv(self.entries, self.part))]
-        while found[-1][1] > 1:
-            width = found[-1][1] * self.k
-            found.append((width, pl.cdiv(width, self.part)))
-        return found
-
-    @property
-    def group(self) -> int:
-        """Blocks whose scores are in memory together."""
-        selected = sum(8 * parts * self.k for _, parts in self.rounds)
-        block = self.queries * (4 * self.key_blocks * _KEYS + selected)
-        return max(1, min(self.blocks, self.budget // block))
 
 
 def ranked_topk(
@@ -151,7 +71,7 @@ def ranked_topk(
     def some(first):
         own = lax.dynamic_slice_in_dim(limits, first, p.group).reshape(-1)
         at = jnp.concatenate([where, jnp.asarray(first, jnp.int32)[None]])
-        return _tournament(p, _scores(p, at, own, q, weights, keys), own)
+        return tournament(p, _scores(p, at, own, q, weights, keys), own)
 
     def visit(index, found):
         # The last blocks may be computed twice, with the same result.
@@ -178,10 +98,6 @@ def interpreted(**arguments: Any) -> tuple[jax.Array, jax.Array]:
     return ranked_topk(**arguments, interpret=True)
 
 
-def _whole(a: jax.Array) -> pl.BlockSpec:
-    return pl.BlockSpec(a.shape, lambda *_: (0,) * a.ndim)
-
-
 def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
     """Scores of a group's queries as ordered integers, uint32 [Q, T in whole tiles]; 0 where a key is not visible.
 
@@ -194,9 +110,9 @@ def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
         functools.partial(_score_kernel, p),
         # Blocks of queries that look at the same keys are neighbours in time.
         grid=(p.group, p.key_blocks),
-        in_specs=[_whole(a) for a in operands],
-        out_specs=pl.BlockSpec((p.queries, _KEYS), lambda block, tile: (block, tile)),
-        out_shape=jax.ShapeDtypeStruct((p.group * p.queries, p.key_blocks * _KEYS), jnp.uint32),
+        in_specs=[whole(a) for a in operands],
+        out_specs=pl.BlockSpec((p.queries, KEYS), lambda block, tile: (block, tile)),
+        out_shape=jax.ShapeDtypeStruct((p.group * p.queries, p.key_blocks * KEYS), jnp.uint32),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=2),
         interpret=p.interpreted,
         name="index_topk_scores",
@@ -208,7 +124,7 @@ def _score_kernel(p: Plan, at, limits, q, weights, *refs):
     own, tile = pl.program_id(0), pl.program_id(1)
     block = at[2] + own
     row, first = block // p.row_blocks, block % p.row_blocks * p.queries
-    key = tile * _KEYS + jnp.arange(_KEYS, dtype=jnp.int32)
+    key = tile * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
     most = lax.fori_loop(0, p.queries, lambda i, most: jnp.maximum(most, limits[own * p.queries + i]), jnp.int32(0))
     width = q.shape[-1]
     # Numbers enter one product, FP4 two: of the channels that the low nibbles hold and of the others.
@@ -231,7 +147,7 @@ def _score_kernel(p: Plan, at, limits, q, weights, *refs):
         return rows
 
     real = jnp.minimum(p.queries, p.length - first)
-    real = jnp.where(tile * _KEYS < most, real, 0)
+    real = jnp.where(tile * KEYS < most, real, 0)
 
     @pl.when(real > 0)
     def _():
@@ -243,7 +159,7 @@ def _score_kernel(p: Plan, at, limits, q, weights, *refs):
 def _numbers(keys, where, key, entries, width):
     """Keys [128, d] from [n, B, T, d]; 0 beyond the last."""
     (rows,) = keys
-    shape = (_KEYS, width)
+    shape = (KEYS, width)
     present = jnp.broadcast_to((key < entries)[:, None], shape)
     place = jnp.broadcast_to(jnp.where(key < entries, key, 0)[:, None], shape)
     channel = lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -253,7 +169,7 @@ def _numbers(keys, where, key, entries, width):
 def _columns(keys, where, key, entries, width):
     """Both halves [128, d / 2] of the channels of keys in columns (``deepseek_v4.stored_rows.KeyColumns``)."""
     codes, scales = keys
-    shape = (_KEYS, width // 8)
+    shape = (KEYS, width // 8)
     present = jnp.broadcast_to((key < entries)[:, None], shape)
     place = jnp.broadcast_to(jnp.where(key < entries, key, 0)[:, None], shape)
     word = lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -283,78 +199,3 @@ def _ordered(scores):
 def _bits(ordered):
     """The bits of ordered numbers."""
     return jnp.where(ordered >> 31 == 0, ~ordered, ordered & jnp.uint32(0x7FFFFFFF))
-
-
-def _tournament(p: Plan, ordered, limits) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each row of scores [Q, T], of which ``limits`` [Q] are there: themselves and their indices.
-
-    Both are [Q, k] in the order of indices; 0 and -1 where there are fewer.
-    """
-    found: Sequence[jax.Array] = (ordered,)
-    for _, parts in p.rounds:
-        operands = (limits, *found)
-        shape = (limits.shape[0], parts * p.k)
-        found = pl.pallas_call(
-            functools.partial(_select_kernel, p),
-            grid=(limits.shape[0], parts),
-            in_specs=[_whole(a) for a in operands],
-            out_specs=[pl.BlockSpec(shape, lambda *_: (0, 0))] * 2,
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.uint32), jax.ShapeDtypeStruct(shape, jnp.int32)],
-            compiler_params=plgpu.CompilerParams(num_warps=p.parts.warps, num_stages=1),
-            interpret=p.interpreted,
-            name="index_topk_select",
-        )(*operands)
-        limits = pl.cdiv(limits, p.part) * p.k
-    ordered, indices = found
-    return ordered, indices
-
-
-def _select_kernel(p: Plan, limits, values, *refs):
-    *indices, values_out, indices_out = refs
-    query, part = pl.program_id(0), pl.program_id(1)
-    limit = limits[query]
-
-    # A part that nobody needs leaves its places as they are: the next round's limit ends before them.
-    @pl.when((part * p.part < limit) | (part == 0))
-    def _():
-        place = part * p.part + jnp.arange(p.part, dtype=jnp.int32)
-        there = place < limit
-        value = plgpu.load(values.at[query, place], mask=there, other=jnp.uint32(0))
-        threshold = _kth(value, p.k)
-        larger, equal = value > threshold, (value == threshold) & (value != 0)
-        # Two cumulative sums in one; of those that equal the k-th, the first fill what is left.
-        both = larger.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
-        before = lax.cumsum(both)
-        left = p.k - jnp.sum(larger.astype(jnp.int32))
-        equals = before >> 16
-        chosen = larger | (equal & (equals <= left))
-        rank = (before & 0xFFFF) + jnp.minimum(equals, left) - 1
-        index = place
-        if indices:
-            index = plgpu.load(indices[0].at[query, place], mask=chosen, other=jnp.int32(-1))
-        # What has no place is beyond all of them, for the interpreter's sake.
-        to = jnp.where(chosen, part * p.k + rank, values_out.shape[1])
-        plgpu.store(values_out.at[query, to], value, mask=chosen)
-        plgpu.store(indices_out.at[query, to], index, mask=chosen)
-        slot = jnp.arange(pl.next_power_of_2(p.k), dtype=jnp.int32)
-        empty = (slot < p.k) & (slot >= jnp.sum(chosen.astype(jnp.int32)))
-        to = jnp.where(empty, part * p.k + slot, values_out.shape[1])
-        plgpu.store(values_out.at[query, to], jnp.zeros(slot.shape, jnp.uint32), mask=empty)
-        plgpu.store(indices_out.at[query, to], jnp.full(slot.shape, -1, jnp.int32), mask=empty)
-
-
-def _kth(value, k: int):
-    """The k-th largest of a vector of uint32, or a number below it that just k of them reach; 0 if there are fewer."""
-
-    def going_on(state):
-        bit, _, reached = state
-        return (bit >= 0) & (reached != k)
-
-    def halve(state):
-        bit, found, reached = state
-        higher = found | (jnp.uint32(1) << bit.astype(jnp.uint32))
-        count = jnp.sum((value >= higher).astype(jnp.int32))
-        enough = count >= k
-        return bit - 1, jnp.where(enough, higher, found), jnp.where(enough, count, reached)
-
-    return lax.while_loop(going_on, halve, (jnp.int32(31), jnp.uint32(0), jnp.int32(0)))[1]

@@ -11,7 +11,7 @@ import numpy as np
 
 from deepseek_v4.formats import FP4_BLOCK
 from deepseek_v4.stored_rows import KeyColumns
-from pallas_kernels.index_topk import gpu, index_topk, tpu
+from pallas_kernels.index_topk import gpu, gpu_plan, index_topk, tpu
 from pallas_kernels.index_topk.cost import topk_cost
 from pallas_kernels.index_topk.unserved import unserved, unserved_on_gpu
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
@@ -101,8 +101,8 @@ _TUNING = {
         run=lambda tiles: lambda **arguments: tpu.ranked_topk(**arguments, tiles=tiles)[1],
     ),
     "cuda": Tuning(
-        shape_class=lambda arguments: gpu.shape_class(arguments["q"].shape[1]),
-        candidates=lambda chip, arguments: gpu.CANDIDATES,
+        shape_class=lambda arguments: gpu_plan.shape_class(arguments["q"].shape[1]),
+        candidates=lambda chip, arguments: gpu_plan.CANDIDATES,
         run=lambda parts: lambda **arguments: gpu.ranked_topk(**arguments, parts=parts)[1],
     ),
 }

@@ -11,6 +11,7 @@ from test_compress import CSA, EPS, HCA, ROPE, check, rings, sequences
 
 from pallas_kernels.compress import gpu as compress_gpu
 from pallas_kernels.index_topk import gpu as topk_gpu
+from pallas_kernels.index_topk.gpu_plan import Parts
 from pallas_kernels.registry import operations
 
 KERNELS = {"index_topk": topk_gpu.ranked_topk, "compress": compress_gpu.compress}
@@ -25,7 +26,7 @@ def test_released_shapes_lower_for_cuda(operation, name):
     case = next(c for c in operations()[operation].cases() if c.name == name)
     names, defaults = list(case.traced()), {"kv_ring": None, "score_ring": None} if operation == "compress" else {}
     # An H200 that is only named is not in the table of tuned blocks.
-    static = case.static() | ({"parts": topk_gpu.Parts()} if operation == "index_topk" else {})
+    static = case.static() | ({"parts": Parts()} if operation == "index_topk" else {})
 
     def call(*arrays):
         return KERNELS[operation](**defaults | static | dict(zip(names, arrays, strict=True)))

@@ -10,7 +10,7 @@ from small_models import compiled
 
 from deepseek_v4.formats import simulate_fp4
 from deepseek_v4.stored_rows import KeyColumns, KeyRows
-from pallas_kernels.index_topk import gpu, index_topk, merge, tpu, xla
+from pallas_kernels.index_topk import gpu, gpu_plan, index_topk, merge, tpu, xla
 from pallas_kernels.registry import operations
 
 HEADS, WIDTH = 3, 8
@@ -115,7 +115,7 @@ def test_bits_do_not_depend_on_company(random_case):
     arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
     one = {name: a if name == "keys" else a[1:, 2:3] for name, a in arguments.items()}
     if kernel == "gpu_interpret":
-        ways = ({"budget": 1}, {"parts": gpu.Parts(1024, 4)})
+        ways = ({"budget": 1}, {"parts": gpu_plan.Parts(1024, 4)})
         ways = tuple(way | {"interpret": True} for way in ways)
         call = gpu.ranked_topk
     else:
@@ -136,7 +136,7 @@ def test_groups_of_queries_and_longer_tournaments_change_nothing():
     rng = np.random.default_rng(8)
     q, weights, keys = _arrays(rng, 2, 11, 3000, integers=True)
     counts = rng.integers(0, 3001, (2, 11))
-    p = gpu.Plan(2, 11, 3000, 60, gpu.Parts(128, 4), 900_000, True)
+    p = gpu_plan.Plan(2, 11, 3000, 60, gpu_plan.Parts(128, 4), 900_000, True)
     assert (p.queries, p.blocks, p.group, [parts for _, parts in p.rounds]) == (8, 4, 3, [24, 12, 6, 3, 2, 1])
     arguments = {"q": q, "weights": weights, "keys": keys, "counts": np.asarray(counts, np.int32)}
     arguments = {name: jnp.asarray(a) for name, a in arguments.items()}
