@@ -17,15 +17,26 @@ from jax import lax
 from deepseek_v4.config import Config
 from deepseek_v4.formats import FP4_BLOCK, KV_BLOCK, pack_words
 from deepseek_v4.layer_spec import LayerSpec
-from deepseek_v4.stored_rows import COLUMN_TILE, STORED, KeyColumns, KeyRows, KVRows, layer_of, put_columns, unpacked
+from deepseek_v4.stored_rows import (
+    COLUMN_TILE,
+    COLUMNS,
+    STORED,
+    KeyColumns,
+    KeyRows,
+    KVColumns,
+    KVRows,
+    layer_of,
+    put_columns,
+    unpacked,
+)
 
 ENTRIES = ("entries", "index_entries")
 """Arrays of a layer's cache with one row per compressed window; the others are rings."""
 
 ENTRY_LAYOUTS = ("plain", "words", "published", "columns")
 """How rows are stored: in the activation dtype; compressed entries as uint32 words (``formats.pack_words``); window
-rows and entries as ``KVRows`` and index keys as ``KeyRows``, the bytes of the release; or the same bytes with index
-keys as ``KeyColumns``, which TPU kernels read in place."""
+rows and entries as ``KVRows`` and index keys as ``KeyRows``, the bytes of the release; or the same bytes of entries and
+keys as TPU kernels read them in place, ``KVColumns`` and ``KeyColumns``, as far as they do."""
 
 
 _TILE_ROWS = 16
@@ -51,8 +62,9 @@ def layer_cache_shapes(
     ``layout`` is how ``entries`` are stored; whoever writes and reads them knows it from their dtype. "words" hold the
     same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of all arrays are then rounded
     up to whole tiles, without which XLA would keep them in an order that kernels cannot read in place. "published"
-    and "columns" give ``KVRows`` and ``KeyRows`` or ``KeyColumns`` of such pairs; entries with keys in columns are
-    rounded up to whole tiles of those. ``shards`` devices hold equal ranges of the entries, for which their rows are
+    gives ``KVRows`` and ``KeyRows`` of such pairs; "columns" ``KeyColumns``, ``KVColumns`` of entries that are read one
+    after the other and ``KVRows`` of those that are selected, all rounded up to whole tiles of columns, and windows,
+    whose size is fixed, as they are. ``shards`` devices hold equal ranges of the entries, for which their rows are
     rounded up too.
     Raises ``ValueError`` for an unknown layout, or for words of another dtype than bfloat16.
     """
@@ -64,12 +76,15 @@ def layer_cache_shapes(
 
     kernels = layout in ("words", "columns")
 
-    def kv_rows(rows: int) -> Any:
+    def kv_rows(rows: int, *, selected: bool = False) -> Any:
         if layout not in ("published", "columns"):
             return ((rows, config.head_dim), dtype)
         rope = config.qk_rope_head_dim
         content = config.head_dim - rope
         scales = -(-content // KV_BLOCK)
+        if layout == "columns" and not selected:
+            words = (content // 4, rope // 2, -(-scales // 4))
+            return KVColumns(*(((count, rows), jnp.dtype(jnp.uint32)) for count in words))
         scales += -(content + 2 * rope + scales) % 8
         return KVRows(
             ((rows, content), jnp.dtype(jnp.float8_e4m3fn)),
@@ -88,16 +103,16 @@ def layer_cache_shapes(
             ((rows, dim // 2), jnp.dtype(jnp.uint8)), ((rows, dim // FP4_BLOCK), jnp.dtype(jnp.float8_e8m0fnu))
         )
 
-    tile = _TILE_ROWS if layout == "words" else 1
-    window = config.sliding_window - 1 + max(rollback, 1)
-    shapes: dict[str, Any] = {"window": kv_rows(_round_up(window, tile))}
+    tile = _TILE_ROWS if kernels else 1
+    window = _round_up(config.sliding_window - 1 + max(rollback, 1), tile)
+    shapes: dict[str, Any] = {"window": ((window, config.head_dim), dtype) if kernels else kv_rows(window)}
     if spec.compress_ratio:
-        columns = COLUMN_TILE if layout == "columns" and spec.indexer else tile
+        columns = COLUMN_TILE if layout == "columns" else tile
         entries = _round_up(max(1, max_length // spec.compress_ratio), columns * shards)
         history = _round_up(spec.pool_rows - 1 + max(rollback, 1), _FLOAT_TILE_ROWS if kernels else 1)
         width = spec.lanes * config.head_dim
         words = ((entries, config.head_dim // 2), jnp.dtype(jnp.uint32))
-        shapes["entries"] = words if layout == "words" else kv_rows(entries)
+        shapes["entries"] = words if layout == "words" else kv_rows(entries, selected=spec.indexer)
         shapes["kv"] = shapes["score"] = ((history, width), jnp.dtype(jnp.float32))
         if spec.indexer:
             width = spec.lanes * config.index_head_dim
@@ -145,7 +160,7 @@ def entries_write(
     ``rows_over`` names the mesh axes that split the entries (inside ``shard_map``): ``entries`` are this device's range
     of them, in the order of the mesh, and it stores what falls into that.
     """
-    if isinstance(entries, KeyColumns):
+    if isinstance(entries, COLUMNS):
         return _write_columns(entries, layer, first, complete, rows, rows_over)
     if not isinstance(entries, STORED) and entries.dtype == jnp.uint32:
         rows = pack_words(rows)
@@ -156,7 +171,7 @@ def entries_write(
     return _write_rows(entries, layer, jnp.where(complete, slots, entries.shape[2]), rows)
 
 
-def _write_columns(entries: KeyColumns, layer, first, complete, rows, rows_over) -> KeyColumns:
+def _write_columns(entries, layer, first, complete, rows, rows_over):
     """What ``entries_write`` does, row by row of the batch, in place."""
     columns = entries.pack(rows)
     if rows_over:

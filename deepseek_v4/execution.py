@@ -29,7 +29,7 @@ class Execution:
     of the backend); ``entry_layout`` how the cache stores compressed entries: "plain", or "words", bfloat16 pairs in
     uint32, which TPU kernels read in place (None: words where the kernels of TPUs run in bfloat16, else plain), or
     "published", the bytes of the release, which hold what ``kv`` and ``indexer`` simulate, or "columns", the same bytes
-    with index keys as TPU kernels read them (``with_published_cache`` chooses).
+    as TPU kernels read them, with windows in bfloat16 (``with_published_cache`` chooses).
     ``unroll`` is how many repetitions of a scan group one iteration of its loop runs: more compile longer, but what a
     backward pass needs of them is not stacked up by copies.
     Raises ``ValueError`` for an unknown dtype, simulation or layout, and for a layout that cannot hold what is run.

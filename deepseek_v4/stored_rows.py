@@ -1,8 +1,9 @@
 """The forms in which caches keep KV rows and index keys in the bytes of the release (architecture section 7).
 
 A form is a tuple of arrays that knows how numbers become it (``pack``) and it becomes numbers (``unpack``). ``KVRows``
-and ``KeyRows`` hold a row per position, as memory of CPUs and GPUs likes it. ``KeyColumns`` hold the same bytes with
-positions along the last dim, which is how TPUs keep narrow rows without padding, and how their matrix units want keys.
+and ``KeyRows`` hold a row per position, as memory of CPUs and GPUs likes it. ``KVColumns`` and ``KeyColumns`` hold the
+same bytes with positions along the last dim, which is how TPUs keep narrow rows without padding, and how their matrix
+units want keys.
 """
 
 from collections.abc import Callable
@@ -113,6 +114,45 @@ class KeyColumns(NamedTuple):
         return (e2m1_to_float(codes) * jnp.repeat(scales, FP4_BLOCK, axis=-1)).astype(dtype)
 
 
+class KVColumns(NamedTuple):
+    """KV rows as published, a row per column: uint32 words of E4M3 codes [..., (c - r) / 4, T], of BF16 RoPE dims
+    [..., r / 2, T] and of E8M0 scales per 64 codes [..., 2, T] (at c = 512, r = 64: 146 words, 584 bytes).
+
+    Channels are in their order, the first of a word lowest; scales are padded to whole words.
+    """
+
+    kv_words: Any
+    rope_words: Any
+    kv_scale_words: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the rows they stand for, [..., T, c]."""
+        *lead, words, columns = self.kv_words.shape
+        return (*lead, columns, 4 * words + 2 * self.rope_words.shape[-2])
+
+    def pack(self, rows: jax.Array) -> "KVColumns":
+        """``rows`` [..., W, c] in this form, W columns; exact for rows that went through ``simulate_kv``."""
+        content, rope = jnp.split(rows, [4 * self.kv_words.shape[-2]], axis=-1)
+        codes, scales = quantize_fp8_rows(content, KV_BLOCK)
+        scales = lax.bitcast_convert_type(encode_e8m0(scales), jnp.uint8)
+        missing = 4 * self.kv_scale_words.shape[-2] - scales.shape[-1]
+        scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, missing)])
+        rope = lax.bitcast_convert_type(rope.astype(jnp.bfloat16), jnp.uint8).reshape(*rope.shape[:-1], -1)
+        return KVColumns(
+            _to_columns(lax.bitcast_convert_type(codes, jnp.uint8)), _to_columns(rope), _to_columns(scales)
+        )
+
+    def unpack(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The rows [..., T, c] in ``dtype``, in which every code times its scale is exact."""
+        codes = lax.bitcast_convert_type(_from_columns(self.kv_words), jnp.float8_e4m3fn)
+        scales = jnp.repeat(decode_e8m0(_from_columns(self.kv_scale_words)), KV_BLOCK, axis=-1)
+        content = (codes.astype(jnp.float32) * scales[..., : codes.shape[-1]]).astype(dtype)
+        rope = _from_columns(self.rope_words)
+        rope = lax.bitcast_convert_type(rope.reshape(*rope.shape[:-1], -1, 2), jnp.bfloat16)
+        return jnp.concatenate([content, rope.astype(dtype)], axis=-1)
+
+
 def _to_columns(rows: jax.Array) -> jax.Array:
     """Bytes [..., W, 4 n] to uint32 words [..., n, W], the first byte lowest."""
     words = rows.reshape(*rows.shape[:-1], -1, 4).astype(jnp.uint32) << jnp.array([0, 8, 16, 24], jnp.uint32)
@@ -125,8 +165,11 @@ def _from_columns(words: jax.Array) -> jax.Array:
     return words.astype(jnp.uint8).reshape(*words.shape[:-2], -1)
 
 
-STORED = (KVRows, KeyRows, KeyColumns)
+STORED = (KVRows, KeyRows, KVColumns, KeyColumns)
 """The forms."""
+
+COLUMNS = (KVColumns, KeyColumns)
+"""Those with positions along the last dim."""
 
 
 def layer_of(stack: Any, layer: jax.Array | int) -> Any:
@@ -148,12 +191,13 @@ def map_shapes(function: Callable[[tuple[int, int], jnp.dtype], Any], shapes: An
 
 def entry_axes(store: Any, split: str | None) -> tuple[str | None, ...]:
     """Logical axes of the arrays of a stack of entries or keys, or of their shapes; ``split`` splits positions."""
-    return (None, "batch", None, split) if isinstance(store, KeyColumns) else (None, "batch", split, None)
+    return (None, "batch", None, split) if isinstance(store, COLUMNS) else (None, "batch", split, None)
 
 
 def positions_axis(path: Any) -> int:
     """The axis that positions have in an array of a stack of entries, rings or keys, whose path in a tree this is."""
-    return 3 if any(getattr(key, "name", None) in KeyColumns._fields for key in path) else 2
+    columns = {name for form in COLUMNS for name in form._fields}
+    return 3 if any(getattr(key, "name", None) in columns for key in path) else 2
 
 
 def put_columns(store: Any, lead: tuple[Any, Any], first: jax.Array, kept: jax.Array, columns: Any) -> Any:

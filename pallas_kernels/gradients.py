@@ -16,7 +16,7 @@ def with_twin_gradient(kernel: Callable, twin: Callable) -> Callable:
 
     def call(**arguments):
         varied = {name: a for name, a in arguments.items() if _is_floating(a)}
-        traced = {name: a for name, a in arguments.items() if isinstance(a, jax.Array) and name not in varied}
+        traced = {name: a for name, a in arguments.items() if _is_arrays(a) and name not in varied}
         static = {name: a for name, a in arguments.items() if name not in varied and name not in traced}
 
         @jax.custom_vjp
@@ -35,6 +35,11 @@ def with_twin_gradient(kernel: Callable, twin: Callable) -> Callable:
         return run(varied, traced)
 
     return call
+
+
+def _is_arrays(value) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
 def _is_floating(value) -> bool:

@@ -110,7 +110,7 @@ def cache_bytes(model: Model, max_length: int, rollback: int) -> int:
 
 def cache_growth(model: Model, max_length: int, rollback: int) -> tuple[float, int]:
     """(bytes that each further token of context adds, the fixed bytes) of the cache of one sequence."""
-    step = 1024
+    step = 1 << 20  # whole tiles, on however many devices
     longer, shorter = (cache_bytes(model, length, rollback) for length in (2 * step, step))
     per_token = (longer - shorter) / step
     return per_token, cache_bytes(model, max_length, rollback) - round(per_token * max_length)

@@ -15,7 +15,7 @@ from deepseek_v4.nn.linear import PlainLinear
 from deepseek_v4.nn.norm import RMSNorm
 from deepseek_v4.nn.variables import Storage, Weight, variable
 from deepseek_v4.positions import Tokens, window_ends
-from deepseek_v4.stored_rows import KeyColumns, entry_axes
+from deepseek_v4.stored_rows import COLUMNS, entry_axes
 from pallas_kernels.compress import compress, pool_windows
 
 
@@ -72,7 +72,7 @@ class Compressor(nnx.Module):
 
     def _write(self, entries, layer, first, complete, rows, execution: Execution):
         split = execution.mesh_axes("entries")
-        if not split and not isinstance(entries, KeyColumns):
+        if not split and not isinstance(entries, COLUMNS):
             return entries_write(entries, layer, first, complete, rows)
 
         # Said explicitly, that only the device writes that owns a row: nothing is sent. Columns are written in a loop

@@ -59,7 +59,8 @@ def compressed_attention(
     place; every index is below its count; an index that appears twice counts twice), or None to attend to all visible
     ones. Rows of ``entries`` at or beyond a batch row's largest count may hold anything, NaN included. Entries are
     plain, or uint32 [n, B, T, c/2] as ``deepseek_v4.formats.pack_words`` makes them, which TPU kernels read in place.
-    Entries and ring may also be ``deepseek_v4.stored_rows.KVRows``, which no kernel serves.
+    Entries and ring may also be ``KVRows`` of ``deepseek_v4.stored_rows``, which no kernel serves, and entries
+    ``KVColumns``, which the dense kernel for TPUs reads in place.
 
     With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.
@@ -77,7 +78,7 @@ def compressed_attention(
     entries. On TPUs they have kernels (``gradient.unserved`` says for what), otherwise they are the twin's, recomputed.
     Source: paper 2.3.
     """
-    if isinstance(entries, KVRows) or isinstance(ring, KVRows):
+    if isinstance(ring, KVRows):
         unserved = dict.fromkeys(set(_IMPLEMENTATIONS) - {"xla"}, lambda chip: "rows in the published layout")
     else:
         unserved = tpu.unserved_by(q, entries, indices, window_size) | gpu.unserved_by(q, entries)

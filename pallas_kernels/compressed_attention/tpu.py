@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4.cache import ring_read
 from deepseek_v4.formats import pack_words
+from deepseek_v4.stored_rows import KVColumns
 from pallas_kernels.compressed_attention.blocks import shape_class
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.compressed_attention.tpu_common import LANES, Plan, Tiles
@@ -31,7 +32,12 @@ _MAX_QUERIES = 1 << 16
 def unserved(q: Any, entries: Any, indices: Any, window_size: int, *, compiled: bool = True) -> str | None:
     """Why the kernel cannot serve arguments of these shapes and types, or None. ``compiled``: not interpreted."""
     batch, length, heads, width = q.shape
-    if reason := unserved_types(q, entries):
+    columns = isinstance(entries, KVColumns)
+    if columns and indices is not None:
+        return "selected entries in columns"
+    if columns and (entries.shape[2] == 0 or entries.shape[2] % LANES):
+        return f"{entries.shape[2]} columns of entries are not a multiple of {LANES}"
+    if reason := unserved_types(q, None if columns else entries):
         return reason
     if indices is not None and batch * length > _MAX_QUERIES:
         return f"{batch * length} queries in one call, at most {_MAX_QUERIES}"
@@ -82,7 +88,8 @@ def _run(
     batch, length, heads, width = q.shape
     chip = None if interpret else current_chip()
     tiles = tiles or tuned("compressed_attention", chip, shape_class(heads), Tiles())
-    if entries is not None and entries.dtype == jnp.bfloat16:
+    columns = isinstance(entries, KVColumns)
+    if entries is not None and not columns and entries.dtype == jnp.bfloat16:
         entries = pack_words(entries)
     window = window.astype(q.dtype)
     decode = length <= tiles.decode_queries
@@ -109,15 +116,17 @@ def _run(
         source=source,
         ring_rows=ring.shape[2] if ring is not None and source == "ring" else 0,
         entry_rows=0 if entries is None else entries.shape[2],
-        entry_dtype=None if entries is None else entries.dtype,
+        entry_dtype=None if entries is None or columns else entries.dtype,
         query_block=query_block,
         head_block=head_block,
         product_rows=queries * head_block,
-        block=tiles.entries,
-        chunk=tiles.chunk,
+        block=max(LANES, tiles.entries) if columns else tiles.entries,
+        chunk=LANES if columns else tiles.chunk,
         group=tiles.group,
         interpreted=bool(interpret),
         partial=partial,
+        columns=columns,
+        native_fp8=chip is not None and "float8_e4m3fn" in chip.peak,
     )
     steps = batch * length if gather else batch * plan.query_blocks * plan.head_blocks
     if cores is None:

@@ -57,7 +57,8 @@ class Plan:
 
     ``source`` is "ring" (the cache's ring and the S new rows), "whole" (all rows of all queries in one array) or
     "blocks" (prefill: the rows before the call and the S new rows, two query blocks at a time). ``entry_rows`` is T of
-    the cache, 0 where there are no entries. ``partial`` softmaxes are not divided by their sums.
+    the cache, 0 where there are no entries; ``columns``: they are ``KVColumns``, whose codes a chip with ``native_fp8``
+    converts itself. ``partial`` softmaxes are not divided by their sums.
     """
 
     batch: int
@@ -77,6 +78,8 @@ class Plan:
     block: int
     chunk: int
     group: int
+    columns: bool = False
+    native_fp8: bool = False
     cores: int = 1
     interpreted: bool = False
     partial: bool = False
@@ -208,15 +211,16 @@ def softmax_add(
     q: jax.Array,
     keys: jax.Array,
     visible: list[jax.Array],
+    channels: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds keys [K, c], values at once, to the running softmax of query-heads q [M, c].
+    """Adds keys [K, c] (``channels``: the axis of c), values at once, to the running softmax of query-heads q [M, c].
 
     ``visible`` holds one mask [1, K] per query; the M rows are their heads, query by query. A block without a visible
     key leaves the state as it is, bit for bit. Products take q's type and accumulate in float32.
     """
     high, total, acc = state
     heads = q.shape[0] // len(visible)
-    scores = _product(plan, q, keys, 1)
+    scores = _product(plan, q, keys, channels)
     parts = [
         jnp.where(mask, scores[i * heads : (i + 1) * heads] * plan.scale, -jnp.inf) for i, mask in enumerate(visible)
     ]
@@ -224,7 +228,7 @@ def softmax_add(
     highest = jnp.maximum(high, jnp.max(scores, axis=1, keepdims=True))
     weights = jnp.exp(scores - highest)
     shrink = jnp.exp(high - highest)
-    values = _product(plan, weights.astype(keys.dtype), keys, 0)
+    values = _product(plan, weights.astype(keys.dtype), keys, 1 - channels)
     return highest, total * shrink + jnp.sum(weights, axis=1, keepdims=True), acc * shrink + values
 
 

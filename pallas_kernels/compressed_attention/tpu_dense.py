@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.compressed_attention.tpu_columns import keys_of_columns
 from pallas_kernels.compressed_attention.tpu_common import (
     SUBLANES,
     Plan,
@@ -87,11 +88,15 @@ def dense_attention(
         pltpu.VMEM((products, rows, p.width), jnp.float32),
     ]
     if entries is not None:
-        in_specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
-        arguments.append(entries)
+        parts = tuple(entries) if p.columns else (entries,)
+        in_specs += [pl.BlockSpec(memory_space=pltpu.HBM)] * len(parts)
+        arguments += parts
+        if p.columns:
+            scratch += [pltpu.VMEM((2, part.shape[2], p.block), part.dtype) for part in parts]
+        else:
+            scratch.append(pltpu.VMEM((2, p.block, p.entry_width), p.entry_dtype))
         scratch += [
-            pltpu.VMEM((2, p.block, p.entry_width), p.entry_dtype),
-            pltpu.VMEM((p.block, p.width), q.dtype),
+            pltpu.VMEM((p.width, p.block) if p.columns else (p.block, p.width), q.dtype),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SMEM((1,), jnp.int32),
         ]
@@ -134,11 +139,13 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
     p = plan
     counts, sink, q, *refs = all_refs
     windows, refs = refs[:window_count], refs[window_count:]
+    parts = 3 if p.columns else 1
     if p.entry_rows:
-        entries, *refs = refs
+        entries, refs = refs[:parts], refs[parts:]
     out, refs = (refs[:2], refs[2:]) if p.partial else (refs[:1], refs[1:])
     if p.entry_rows:
-        window, high, total, acc, stored, keys, semaphores, slot = refs
+        window, high, total, acc, *refs = refs
+        stored, (keys, semaphores, slot) = refs[:parts], refs[parts:]
     else:
         window, high, total, acc = refs
     core, step = pl.program_id(0), pl.program_id(1)
@@ -158,11 +165,17 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
 
             def copy(offset, count):
                 return pltpu.make_async_copy(
-                    entries.at[layer_ref[0], b, pl.ds(first + offset, count)],
-                    stored.at[into, pl.ds(target + offset, count)],
+                    entries[0].at[layer_ref[0], b, pl.ds(first + offset, count)],
+                    stored[0].at[into, pl.ds(target + offset, count)],
                     semaphores.at[into],
                 )
 
+            if p.columns:
+                for part, buffer in zip(entries, stored, strict=True):
+                    source = part.at[layer_ref[0], b, :, pl.ds(first, p.chunk)]
+                    into_columns = buffer.at[into, :, pl.ds(target, p.chunk)]
+                    act(pltpu.make_async_copy(source, into_columns, semaphores.at[into]))
+                return
             remainder = p.entry_rows % p.chunk
             if remainder == 0:
                 act(copy(0, p.chunk))
@@ -206,11 +219,13 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
         rows = q[0, pl.ds(product * queries, queries)]
         return rows.reshape(p.product_rows, p.width)
 
-    def add(product, keys, mask):
+    def add(product, keys, mask, channels=1):
         """Adds a block of keys for one product's queries; ``mask(query)`` is [1, K]."""
         state = (high[product], total[product], acc[product])
         visible = [mask(product * queries + query) for query in range(queries)]
-        high[product], total[product], acc[product] = softmax_add(p, state, query_heads(product), keys, visible)
+        high[product], total[product], acc[product] = softmax_add(
+            p, state, query_heads(product), keys, visible, channels
+        )
 
     window_positions = key_positions(p, iota(p.window_rows, 1), start, i)
 
@@ -239,11 +254,14 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
                 transfers(core, step + 1, 0, 1 - current, start_copy)
 
             transfers(core, step, block, current, wait_copy)
-            keys[...] = unpack(p, stored[current], limit - block * p.block)
+            if p.columns:
+                keys[...] = keys_of_columns(p, [words[current] for words in stored], limit - block * p.block)
+            else:
+                keys[...] = unpack(p, stored[0][current], limit - block * p.block)
             entry = iota(p.block, 1) + block * p.block
 
             def each(product, _):
-                add(product, keys[...], lambda query: entry < counts[0, 0, query])
+                add(product, keys[...], lambda query: entry < counts[0, 0, query], 0 if p.columns else 1)
 
             lax.fori_loop(0, products, each, None)
 

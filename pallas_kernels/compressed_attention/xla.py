@@ -13,7 +13,7 @@ from jax import lax
 from deepseek_v4.cache import ring_read
 from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import unpack_words
-from deepseek_v4.stored_rows import KVRows, layer_of, unpacked
+from deepseek_v4.stored_rows import KVColumns, KVRows, layer_of, unpacked
 from pallas_kernels.targets import current_chip
 
 _QUERY_BLOCK = 128
@@ -120,7 +120,7 @@ def _in_blocks(
         window = jnp.concatenate([ring_read(ring, layer, start, window_size - 1, window.dtype), window], axis=1)
     if entries is not None:
         entries = layer_of(entries, layer)
-        if isinstance(entries, KVRows) and indices is None:
+        if isinstance(entries, KVColumns) or (isinstance(entries, KVRows) and indices is None):
             entries = entries.unpack(q.dtype)
     if entries is not None and not isinstance(entries, KVRows):
         entries = unpack_words(entries) if entries.dtype == jnp.uint32 else entries

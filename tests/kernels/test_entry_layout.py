@@ -11,7 +11,7 @@ from small_models import small_config
 from deepseek_v4.cache import entries_write, layer_cache_shapes
 from deepseek_v4.formats import pack_words, unpack_words
 from deepseek_v4.layer_spec import layer_specs
-from deepseek_v4.stored_rows import KeyColumns
+from deepseek_v4.stored_rows import KeyColumns, KVColumns
 
 CONFIG = small_config((4, 128), num_hash_layers=0)
 
@@ -58,7 +58,9 @@ def test_columns_are_written_where_rows_are_and_nothing_else_is(count):
     complete = complete.at[:, 0].set(jnp.arange(len(first)) != 2)
     shape = (2, len(first), total, 32)
     before = jnp.asarray(rng.choice([-4.0, 1.0, 2.0], shape), jnp.float32)
-    keys = KeyColumns(jnp.zeros((4, 1), jnp.uint32), jnp.zeros((1, 1), jnp.uint32)).pack(before)
+    forms = {1: KVColumns((4, 1), (8, 1), (1, 1)), 2: KeyColumns((4, 1), (1, 1)), 300: KeyColumns((4, 1), (1, 1))}
+    form = forms[count]
+    keys = type(form)(*(jnp.zeros(shape, jnp.uint32) for shape in form)).pack(before)
     expected = np.array(before)
     for b, i in zip(*np.nonzero(complete), strict=True):
         if first[b] + i < total:

@@ -17,7 +17,7 @@ from deepseek_v4.formats import hadamard_transform, simulate_fp4, simulate_kv
 from deepseek_v4.layer_spec import layer_specs
 from deepseek_v4.planning.cache_bytes import PUBLISHED, bytes_per_token
 from deepseek_v4.planning.cache_bytes import cache_bytes as expected_bytes
-from deepseek_v4.stored_rows import KeyColumns, KeyRows, KVRows, map_shapes
+from deepseek_v4.stored_rows import KeyColumns, KeyRows, KVColumns, KVRows, map_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED_EXECUTION = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout="published")
@@ -41,14 +41,16 @@ def test_bytes_are_the_published_ones(name, per_token):
     found, fixed = cache_growth(model, 1 << 20, 0)
     assert found == per_token == bytes_per_token(config, PUBLISHED)
     assert cache_bytes(model, 1 << 20, 0) == fixed + per_token * (1 << 20)
-    # In columns, index keys take the same bytes; rings are rounded up to whole tiles.
+    # In columns, entries and index keys take the same bytes; windows stay in bfloat16, rings are whole tiles.
     columns = Model(config, execution=COLUMNS_EXECUTION)
     assert cache_growth(columns, 1 << 20, 0)[0] == per_token
-    csa = next(i for i, spec in enumerate(model.groups[-1].pattern) if spec.indexer)
-    keys = [m.abstract_cache(1, 4096)["groups"][-1][csa]["index_entries"] for m in (model, columns)]
-    assert isinstance(keys[1], KeyColumns)
-    assert keys[0].shape == keys[1].shape == (model.groups[-1].repeats, 1, 1024, 128)
-    assert len({sum(a.size * a.dtype.itemsize for a in form) for form in keys}) == 1
+    for layer, spec in enumerate(model.groups[-1].pattern):
+        name, form, width = ("index_entries", KeyColumns, 128) if spec.indexer else ("entries", KVColumns, 512)
+        kept = [m.abstract_cache(1, 1 << 14)["groups"][-1][layer][name] for m in (model, columns)]
+        assert isinstance(kept[1], form)
+        assert kept[0].shape == kept[1].shape
+        assert kept[0].shape[-2:] == ((1 << 14) // spec.compress_ratio, width)
+        assert len({sum(a.size * a.dtype.itemsize for a in rows) for rows in kept}) == 1
     # Fixed: windows and float32 rows of unfinished windows as published (ours keep one row fewer of the latter), and
     # what the draft needs: its window, the last streams, a position.
     c = config
@@ -77,6 +79,9 @@ def test_rows_come_back_as_simulated(scale):
     expected = simulate_kv(rows, 64)
     for given in (rows, expected):
         np.testing.assert_array_equal(store.pack(given).unpack(jnp.bfloat16), expected)
+        columns = KVColumns(*(jnp.zeros((words, 1), jnp.uint32) for words in (112, 32, 2))).pack(given)
+        assert columns.shape == (64, 512)
+        np.testing.assert_array_equal(columns.unpack(jnp.bfloat16), expected)
     keys = hadamard_transform(rows[:, :128])
     store = empty(64, config, csa, "index_entries")
     assert isinstance(store, KeyRows)
