@@ -277,6 +277,8 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
     ratio = spec.compress_ratio
     selected = min(config.index_topk, context // ratio) if spec.indexer else (context // ratio if ratio else 0)
     selected = -(-selected // setting.placement.size("entries"))
+    # Where kernels read them in the bytes of the release; elsewhere they are decoded first.
+    columns = work.cache == "fp8" and setting.scores_stay and not spec.indexer
     cost = attention_cost(
         batch=setting.rows,
         length=work.tokens,
@@ -287,6 +289,7 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
         indices=spec.indexer,
         causal_ratio=ratio,
         context=context,
+        entry_bytes=PUBLISHED.row(config.head_dim, config.qk_rope_head_dim) if columns else None,
     )
     operations = {kind: multiplied * count for kind, count in cost.operations.items()}
     return Part("attention", operations, moved * cost.bytes_moved)
