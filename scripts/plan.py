@@ -62,7 +62,7 @@ class Arguments:
     search: bool = False
     """Print the legal meshes, best first, and why the first is first."""
     cache: Literal["bf16", "fp8"] = "bf16"
-    """Rows and index keys of the cache; fp8 is the released format, with times of bf16 but for what TPU kernels read of it."""
+    """Rows and index keys of the cache; fp8 is the released format, timed as bf16 but where TPU kernels read it."""
     chunk: int = 2048
     """Prompt tokens of a sequence per prefill call."""
     draft: bool = True

@@ -16,6 +16,7 @@ from deepseek_v4.nn.norm import RMSNorm, rms_norm
 from deepseek_v4.nn.variables import Storage, Weight, variable
 from deepseek_v4.positions import Tokens, entry_range
 from deepseek_v4.rope import apply_rope
+from deepseek_v4.stored_rows import entry_axes
 from pallas_kernels.compressed_attention import compressed_attention, index_divergence
 
 
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
         layer = jnp.asarray(0 if cache is None else layer)
         per_token = ("batch", None)
         inputs = (q, window, self.attn_sink[...], start, ring, entries, layer, counts, indices, window_counts, first)
-        kept = (None, "batch", split, None)
+        kept = entry_axes(entries, split)
         axes = (heads, rows, ("heads",), ("batch",), stacked, kept, (), per_token, rows, per_token, per_token)
         out = execution.per_shard(attend, inputs, axes, heads)
         if scores is not None:
