@@ -11,7 +11,7 @@ from deepseek_v4.cache import ENTRY_LAYOUTS
 from deepseek_v4.nn.variables import Storage
 
 if TYPE_CHECKING:
-    from deepseek_v4.sharding import Placement
+    from deepseek_v4.sharding import Axis, Placement
 
 SIMULATIONS = ("kv", "indexer", "activations")
 
@@ -84,18 +84,36 @@ class Execution:
         """The dtype of the residual streams and of matmul inputs."""
         return jnp.dtype(self.dtype)
 
-    def constrain(self, x: jax.Array, axes: Iterable[str | None]) -> jax.Array:
-        """Asks the partitioner to lay out ``x`` by logical axes; the identity on one device."""
+    def constrain(self, x: jax.Array, axes: "Iterable[Axis]") -> jax.Array:
+        """Asks the partitioner to lay out ``x`` by these axes; the identity on one device."""
         return x if self.placement is None else self.placement.constrain(x, tuple(axes))
+
+    def tokens(self, length: int) -> tuple[str, tuple[str, ...]]:
+        """The axes of tokens [B, S] between sublayers, of rows of ``length`` tokens."""
+        return ("batch", ()) if self.placement is None else self.placement.tokens(length)
+
+    def split_tokens(self, x: jax.Array, before: "Axis" = ()) -> jax.Array:
+        """See ``Placement``; the identity on one device."""
+        return x if self.placement is None else self.placement.split_tokens(x, before)
+
+    def gather_tokens(self, x: jax.Array) -> jax.Array:
+        """See ``Placement``; the identity on one device."""
+        return x if self.placement is None else self.placement.gather_tokens(x)
 
     def mesh_axes(self, logical: str) -> tuple[str, ...]:
         """The mesh axes of more than one device that a logical axis is split over; none on one device."""
         return () if self.placement is None else self.placement.mesh_axes(logical)
 
+    def shift_tokens(self, x: jax.Array, before: jax.Array) -> jax.Array:
+        """See ``Placement``: x [B, S, ...] with each token's place taken by the one before it, first ``before``."""
+        if self.placement is None:
+            return jnp.concatenate([before, x[:, :-1]], axis=1)
+        return self.placement.shift_tokens(x, before)
+
     def per_shard(
-        self, function: Callable, args: Sequence[Any], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence
+        self, function: Callable, args: Sequence[Any], in_axes: "Sequence[Sequence[Axis]]", out_axes: "Sequence[Axis]"
     ) -> jax.Array:
-        """``function(*args)`` on each device's own shards, laid out by logical axes; a plain call on one device."""
+        """``function(*args)`` on each device's own shards, laid out by these axes; a plain call on one device."""
         if self.placement is None:
             return function(*args)
         return self.placement.per_shard(function, args, in_axes, out_axes)

@@ -237,9 +237,8 @@ class Model:
 
         def project(head, streams):
             if last_only:
-                index = jnp.maximum(lengths - 1, 0)[:, None, None, None]
-                streams = jnp.take_along_axis(streams, index, axis=1)
-            logits = shell.head(head.output(streams, execution), jnp.float32)
+                streams = _rows(streams, jnp.maximum(lengths - 1, 0)[:, None])
+            logits = shell.head(execution.gather_tokens(head.output(streams, execution)), jnp.float32)
             return execution.constrain(logits, ("batch", None, "vocab"))
 
         logits = project(shell, streams)
@@ -317,13 +316,13 @@ class Model:
         shell = self._shell(params)
         embedded, streams, _, groups = self._run_layers(shell, params, tokens, None, chosen, remat)
         observed: Observed = {"groups": groups, "drafts": ()}
-        main = shell.output(streams, execution)
+        main = execution.gather_tokens(shell.output(streams, execution))
         if not draft:
             return Hidden(main, None, observed)
 
         def run_draft(params, embedded, streams, chosen):
             streams, block, _, seen = self._run_draft(params, embedded, streams, tokens, None, chosen)
-            return block.output(streams, execution), seen
+            return execution.gather_tokens(block.output(streams, execution)), seen
 
         if remat is not None:
             run_draft = jax.checkpoint(run_draft, policy=REMAT_POLICIES[remat])
@@ -343,7 +342,8 @@ class Model:
         """(embedded, streams, caches of the groups, observed of the groups) of the main layers."""
         execution = self.execution
         embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
-        embedded = execution.constrain(embedded, ("batch", None, None))
+        # Summed over the vocabulary's shards first, which have the same axes: else the table would come to the tokens.
+        embedded = execution.split_tokens(execution.constrain(embedded, ("batch", None, None)))
         # What a backward pass keeps of every layer is smaller where the last output is mixed in.
         streams: jax.Array | Unmixed = unmixed(embedded, self.config.hc_mult)
         if remat is not None:
@@ -382,7 +382,9 @@ class Model:
             layer_params = nest(flatten(jax.tree.map(from_bytes, params, types[index])) | whole[index])
             block = nnx.merge(graphs[index], self._used(specs[index], layer_params))
             streams, cache, seen = block(streams, tokens, cache, layer, self.execution, chosen)
-            return (streams if remat is None else mixed(streams, self.execution)), cache, seen
+            streams = streams if remat is None else mixed(streams, self.execution)
+            split = self.execution.tokens(tokens.ids.shape[1])
+            return jax.tree.map(lambda a: self.execution.constrain(a, split), streams), cache, seen
 
         def body(carry, inputs):
             streams, cache = carry
@@ -413,23 +415,26 @@ class Model:
         block = self._draft_block(params)
         length = tokens.ids.shape[1]
         before = jnp.zeros_like(streams[:, :1]) if cache is None else self.last_streams(cache)
-        shifted = jnp.concatenate([before, streams[:, :-1]], axis=1)
-        draft_streams = block.combine(embedded, shifted, execution)
+        draft_streams = block.combine(embedded, execution.shift_tokens(streams, before), execution)
         member = None if cache is None else cache["drafts"][0]
         draft_streams, member, seen = block(draft_streams, tokens.before(), member, 0, execution, chosen)
         draft_streams = mixed(draft_streams, execution)
         updates = {}
         if cache is not None:
             slots = cache["streams"].shape[1]
-            positions = tokens.start[:, None] + jnp.arange(length)
-            offsets = jnp.arange(length)
-            kept = (offsets < tokens.lengths[:, None]) & (offsets >= tokens.lengths[:, None] - slots)
-            index = jnp.where(kept, positions % slots, slots)
-            stored = jax.vmap(lambda ring, slot, rows: ring.at[slot].set(rows, mode="drop"))(
-                cache["streams"], index, streams
-            )
+            # Each slot's newest position, if this call has it.
+            last = (tokens.start + tokens.lengths)[:, None] - 1
+            offsets = last - (last - jnp.arange(slots)) % slots - tokens.start[:, None]
+            new = (offsets >= 0) & (tokens.lengths[:, None] > 0)
+            rows = _rows(streams, jnp.clip(offsets, 0, length - 1))
+            stored = jnp.where(new[:, :, None, None], rows, cache["streams"])
             updates = {"drafts": (member,), "streams": stored}
         return draft_streams, block, updates, seen
+
+
+def _rows(streams: jax.Array, index: jax.Array) -> jax.Array:
+    """Of streams [B, S, n, d] the tokens index [B, R]: [B, R, n, d]."""
+    return jnp.take_along_axis(streams, index[:, :, None, None], axis=1)
 
 
 def _split_whole_stacks(specs: Params, params: Params) -> tuple[Params, dict[Path, jax.Array]]:

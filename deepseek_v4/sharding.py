@@ -24,6 +24,13 @@ MESH_AXES = ("data", "expert", "tensor", "context")
 _MATRIX_ROLES = ("linear", "expert", "scale", "matrix", "embedding", "hyper", "adapter")
 _ACTIVATION_ROLES = ("linear", "expert")
 
+LEAST_TOKENS = 8
+"""Tokens of a row that a device must get for the row to be split: with fewer, exchanges cost more than work."""
+
+
+Axis = str | tuple[str, ...] | None
+"""How one dim is split: by a logical axis, over mesh axes (of more than one device), or not at all."""
+
 
 class MeshError(ValueError):
     """A mesh that does not fit the devices or the model."""
@@ -41,6 +48,11 @@ class Rules:
     take ``context``, over which tokens are repeated: an axis that splits caches then stores no weight twice but those
     of attention.
 
+    Between sublayers the tokens of a row are split over ``sequence``, axes over which they would be repeated, where
+    there are enough of them: residual streams, norms, routers and what is projected by whole weights are computed once.
+    Sublayers gather what they need of other tokens (attention: latents of queries, keys and entries to be; experts:
+    their input), and where they add up parts of their output, each device gets the sums of its own tokens.
+
     ``fsdp`` are axes of the batch over which matrices are cut once more where they are stored, with their gradients and
     what an optimizer keeps of them: routed experts by expert where that divides, other matrices along ``embed``, or
     else along the longer dim that divides. Each layer's are gathered when it runs. Activations and caches do not know.
@@ -51,6 +63,7 @@ class Rules:
 
     batch: tuple[str, ...] = ("data",)
     entries: tuple[str, ...] = ("context",)
+    sequence: tuple[str, ...] = ("expert", "tensor")
     vocab: tuple[str, ...] = ("expert", "tensor", "context")
     embed: tuple[str, ...] = ()
     q_lora: tuple[str, ...] = ()
@@ -76,6 +89,7 @@ class Rules:
             ("batch", "heads"),
             ("batch", "vocab"),
             ("batch", "entries"),
+            ("batch", "sequence"),
             ("heads", "entries"),
             ("index_heads", "entries"),
         ):
@@ -101,7 +115,8 @@ class Rules:
         """
         batch = ("data", "expert")
         vocab = ("tensor", "context")
-        return cls(batch=batch, experts=("expert",), vocab=vocab, fsdp=batch if fsdp else ())
+        fsdp_axes = batch if fsdp else ()
+        return cls(batch=batch, sequence=("tensor",), experts=("expert",), vocab=vocab, fsdp=fsdp_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +136,53 @@ class Placement:
         """Number of shards that a logical axis is cut into."""
         return self._count(getattr(self.rules, logical))
 
-    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """Logical axes (None: whole) to a partition spec."""
-        return PartitionSpec(*(self._mesh_axes(axis) for axis in axes))
+    def spec(self, axes: Sequence[Axis]) -> PartitionSpec:
+        """Axes (None: whole) to a partition spec."""
+        return PartitionSpec(*(axis or None if isinstance(axis, tuple) else self._mesh_axes(axis) for axis in axes))
+
+    def tokens(self, length: int) -> tuple[str, tuple[str, ...]]:
+        """The axes of tokens [B, S] between sublayers, of rows of ``length`` tokens."""
+        names = self.mesh_axes("sequence")
+        shards = self._count(names)
+        return "batch", names if length % shards == 0 and length >= LEAST_TOKENS * shards else ()
+
+    def token_shards(self, length: int, without: Sequence[str | None] = ()) -> int:
+        """How many devices share a row's tokens between sublayers, or within one over axes not split ``without``."""
+        taken = {name for axis in without if axis is not None for name in self.mesh_axes(axis)}
+        return self._count([name for name in self.tokens(length)[1] if name not in taken])
+
+    def split_tokens(self, x: jax.Array, before: Axis = ()) -> jax.Array:
+        """x [B, S, ...] with its tokens as between sublayers; its gradient is that of tokens split over ``before``."""
+        return self._moved(x, self.tokens(x.shape[1]), ("batch", before))
+
+    def gather_tokens(self, x: jax.Array) -> jax.Array:
+        """x [B, S, ...] with whole rows on every device; the gradient goes back to tokens as between sublayers."""
+        return self._moved(x, ("batch",), self.tokens(x.shape[1]))
+
+    def shift_tokens(self, x: jax.Array, before: jax.Array) -> jax.Array:
+        """x [B, S, ...] with each token's place taken by the one before it, the first by ``before`` [B, 1, ...].
+
+        Tokens are split as between sublayers; a device gets the last one of the device before it.
+        """
+        tokens = self.tokens(x.shape[1])
+        names = tokens[1]
+
+        def shift(x, before):
+            if names:
+                last, count = x[:, -1:], jax.lax.axis_size(names)
+                last = jax.lax.ppermute(last, names, [(n, n + 1) for n in range(count - 1)])
+                before = jnp.where(jax.lax.axis_index(names) == 0, before, last)
+            return jnp.concatenate([before, x[:, :-1]], axis=1)
+
+        return self.per_shard(shift, (x, before), (tokens, ("batch",)), tokens)
+
+    def _moved(self, x: jax.Array, to: Sequence[Axis], back: Sequence[Axis]) -> jax.Array:
+        there, here = (NamedSharding(self.mesh, self.spec(axes)) for axes in (to, back))
+        if there.is_equivalent_to(here, x.ndim):
+            return x
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.lax.with_sharding_constraint(x, there)
+        return _move(x, there, here)
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
         """The layout of an array; with ``shape``, dims that do not divide evenly stay whole (scales of odd blocks)."""
@@ -180,9 +239,9 @@ class Placement:
 
         return jax.tree.map(gather, specs, params)
 
-    def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    def constrain(self, x: jax.Array, axes: Sequence[Axis]) -> jax.Array:
         """Asks the partitioner for this layout of an activation."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(axes)))
 
     def replicated(self) -> NamedSharding:
         """The layout of an array that every device holds whole."""
@@ -194,7 +253,7 @@ class Placement:
         return tuple(axis for axis in getattr(self.rules, logical) if self.mesh.shape.get(axis, 1) > 1) or None
 
     def per_shard(self, function: Callable, args: Sequence[Any], in_axes: Sequence, out_axes: Sequence) -> jax.Array:
-        """Runs ``function`` on the local shard of every argument (None for an absent one), by logical axes.
+        """Runs ``function`` on the local shard of every argument (None for an absent one), by axes.
 
         For operations that are local by construction: what a partitioner would have to discover, and a Pallas kernel
         cannot express, is stated here once.
@@ -220,14 +279,14 @@ class Placement:
     ) -> jax.Array:
         """Runs the expert MLP where the experts live: every shard adds what its own experts contribute.
 
-        x [N, d], ids and weights [N, K] are split by batch. A shard sees the ids relative to its first expert, so those
-        of other shards fall outside its range; where experts are split over axes of the batch, tokens come to them as
-        ``exchange`` says. ``stored`` are the (weight, scale) of the linears, then adapters (a, b) or None, and ``axes``
-        the logical axes of each of these arrays. The sum over expert and width shards is float32. What ``rules.fsdp``
-        has cut is gathered here, of a stack the one layer, and again in the backward pass. ``run`` takes ``gather`` and
-        ``exchange`` as ``expert_mlp`` does.
+        x [B, S, d] or [N, d], ids and weights [..., K] are split by batch. A shard sees the ids relative to its first
+        expert, so those of other shards fall outside its range; where experts are split over axes of the batch, tokens
+        come to them as ``exchange`` says. ``stored`` are the (weight, scale) of the linears, then adapters (a, b) or
+        None, and ``axes`` the logical axes of each of these arrays. The sum over expert and width shards is float32;
+        of rows [B, S] each device gets that of its tokens. What ``rules.fsdp`` has cut is gathered here, of a stack the
+        one layer, and again in the backward pass. ``run`` takes ``gather`` and ``exchange`` as ``expert_mlp`` does.
         """
-        rows = self.spec(("batch", None))
+        rows = self.spec(("batch",))
         expert_axes = self.mesh_axes("experts")
         cut = tuple(name for name in self.mesh_axes("fsdp") if name not in expert_axes)
         weight_specs = tuple(
@@ -242,7 +301,11 @@ class Placement:
         local = stored[0][0].shape[-3] // self.size("experts")
         travel = tuple(axis for axis in expert_axes if axis in self.rules.batch)
         group = self._count(travel)
-        form = self.exchange.form_for(x.shape[0] // self.size("batch") * group) if travel else None
+        form = self.exchange.form_for(x[..., 0].size // self.size("batch") * group) if travel else None
+        summed = width_axes if travel else expert_axes + width_axes
+        split = self.tokens(x.shape[1])[1] if x.ndim == 3 else ()
+        split = split if set(split) <= set(summed) else ()
+        summed = tuple(name for name in summed if name not in split)
 
         options: dict[str, Any] = {"gather": _ExpertShards(cut, weight_specs, x.dtype)} if cut else {}
         if form == "dispatch":
@@ -256,14 +319,14 @@ class Placement:
             out = run(x, ids, weights, layer, *stored, **options)
             if form == "gather":
                 out = jax.lax.psum_scatter(out, travel, tiled=True)
-            summed = width_axes if travel else expert_axes + width_axes
-            return jax.lax.psum(out, summed) if summed else out
+            out = jax.lax.psum(out, summed) if summed else out
+            return jax.lax.psum_scatter(out, split, scatter_dimension=1, tiled=True) if split else out
 
         return jax.shard_map(
             shard,
             mesh=self.mesh,
             in_specs=(rows, rows, rows, PartitionSpec(), weight_specs),
-            out_specs=rows,
+            out_specs=self.spec(("batch", split)) if split else rows,
             check_vma=False,
         )(x, ids, weights, layer, tuple(stored))
 
@@ -298,6 +361,18 @@ def _gather_backward(whole, cut, moved, _, gradient):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _move(x: jax.Array, there: NamedSharding, here: NamedSharding) -> jax.Array:
+    """x laid out as ``there``, its gradient as ``here``."""
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+_move.defvjp(
+    lambda x, there, here: (_move(x, there, here), None),
+    lambda there, here, _, gradient: (jax.lax.with_sharding_constraint(gradient, here),),
+)
 
 
 @dataclasses.dataclass(frozen=True)

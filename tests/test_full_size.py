@@ -59,14 +59,21 @@ def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, work
     assert compiled["aliased"] >= planned["arguments"]["cache"]
     assert compiled["temporaries"] < limit * 2**30, compiled
 
-    # Partial sums, index queries and what they select are all that chips exchange, a few times per layer: no expert, no
-    # cache entry, no index score, no weight travels.
+    # Partial sums, latents, inputs of sublayers, index queries and what they select are all that chips exchange, a few
+    # times per layer: no expert, no cache entry, no index score, no residual stream travels.
     found = {collective["kind"]: collective for collective in compiled["collectives"]}
     sums = found.pop("all-reduce")
-    assert set(found) <= {"all-gather", "all-to-all"}
     config = Config.from_file(_ROOT / "configs" / model)
+    specs = (*layer_specs(config), *draft_specs(config))
+    if workload == "prefill" and "context" not in mesh:
+        # Rows are split: attention, shared expert and routed experts of every layer scatter their sums. Where those of
+        # the routed experts are over all chips of a slice, the compiler for TPUs makes all-reduces of them.
+        assert set(found) <= {"all-gather", "all-to-all", "reduce-scatter", "collective-permute"}
+        assert 2 * len(specs) <= found["reduce-scatter"]["times"] <= 3 * len(specs)
+        assert sums["times"] + found["reduce-scatter"]["times"] <= 3 * len(specs) + 4
+    else:
+        assert set(found) <= {"all-gather", "all-to-all"}
     if workload == "decode":
-        specs = (*layer_specs(config), *draft_specs(config))
         # Attention, shared expert and routed experts of every layer, the embedding's rows.
         expected = 3 * len(specs) + 1
         assert 0.9 * expected <= sums["times"] <= expected

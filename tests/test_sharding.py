@@ -31,7 +31,7 @@ MESHES = (
     "expert=8",
     "expert=2,tensor=2,context=2",
 )
-LENGTH = 135  # crosses the window and one HCA block
+LENGTH = 136  # crosses the window and one HCA block; in the first call rows are split between sublayers over 2, 4, 8
 
 
 def placement(mesh: str) -> Placement:
@@ -114,6 +114,36 @@ def test_decode_moves_tokens_to_experts():
     # Attention, routed and shared experts over tensor; index scores of one layer; the embedding's rows, twice.
     assert found["all-reduce"].times <= 3 * 3 + 1 + 2
     assert found["all-reduce"].bytes <= (3 * 3 + 1 + 2) * row
+
+
+def test_rows_are_split_between_sublayers():
+    """A chunk of a prompt over experts and width: streams stay where they are, latents and sublayer inputs travel."""
+    # Whole scale blocks on every device, as in the released models.
+    config = dataclasses.replace(CONFIG, q_lora_rank=128, o_lora_rank=64, hc_sinkhorn_iters=2)
+    model = Model(config, RELEASED, Execution(dtype="float32", placement=placement("expert=2,tensor=2")))
+    rows, length, width = 2, 64, config.hidden_size
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    step = jax.jit(functools.partial(model.forward, draft=True, last_only=True), donate_argnums=2)
+    program = step.lower(model.abstract_params(), tokens, model.abstract_cache(rows, 512, 4)).compile()
+    found = {c.kind: c for c in collectives(program.as_text())}
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "collective-permute"}
+    of_all = 4 * rows * length
+    # In three layers: sums of attention, routed and shared experts. Shared experts and attention's output projection
+    # are computed for half of the tokens already, and scattered over tensor alone.
+    assert found["reduce-scatter"].times == 3 * 3
+    assert found["reduce-scatter"].bytes == 3 * 3 * of_all * width // 4
+    # Latents of queries and keys, those of compressors (HCA; CSA and its indexer), index weights, expert inputs with
+    # ids and weights; and once the weight [16, 256] that makes the index weights. XLA may join some, or gather less.
+    latents = 3 * (config.q_lora_rank + config.head_dim) + 2 * 64 + 2 * 2 * 64 + 2 * 2 * 32 + config.index_n_heads
+    experts = 3 * (width + 2 * config.num_experts_per_tok)
+    expected = of_all * (latents + experts) + 4 * config.index_n_heads * width
+    assert 0.98 * expected <= found["all-gather"].bytes <= expected
+    assert found["all-gather"].largest == of_all * width
+    # The embedding's rows, index scores of a layer, the streams of five tokens that the draft will need and of the last
+    # ones for two heads; drafting begins with the streams of the token before, which is another device's.
+    assert found["all-reduce"].times <= 5
+    assert found["all-reduce"].largest <= max(of_all * width, of_all * 512 // 4)
+    assert found["collective-permute"].bytes == 4 * rows * config.hc_mult * width
 
 
 @pytest.mark.parametrize("name", ["flash", "pro", "flash-base", "pro-base"])

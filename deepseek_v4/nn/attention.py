@@ -64,13 +64,15 @@ class Attention(nnx.Module):
         updates: dict[str, jax.Array] = {}
         observed: dict[str, jax.Array] = {}
 
-        qr = self.q_norm(self.wq_a(x, execution))
-        q = self.wq_b(qr, execution).reshape(batch, length, c.num_attention_heads, c.head_dim)
+        # Each device projects its own tokens; what others need of them is narrower than x.
+        qr = execution.gather_tokens(self.q_norm(self.wq_a(x, execution)))
+        q = self.wq_b(qr, execution, whole=True).reshape(batch, length, c.num_attention_heads, c.head_dim)
         q = execution.constrain(q, ("batch", None, "heads", None))
         q = apply_rope(rms_norm(q, None, c.rms_norm_eps), positions[..., None], spec.rope)
 
-        kv = apply_rope(self.kv_norm(self.wkv(x, execution)), positions, spec.rope)
-        kv = self._stored(kv, execution)
+        # Gathered before positions are met: rotations of part of a row would have queries rotated in parts too.
+        kv = execution.gather_tokens(self.kv_norm(self.wkv(x, execution)))
+        kv = self._stored(apply_rope(kv, positions, spec.rope), execution)
         if cache is None:
             window, ring = jnp.pad(kv, [(0, 0), (c.sliding_window - 1, 0), (0, 0)]), None
         else:
@@ -145,7 +147,7 @@ class Attention(nnx.Module):
         out = out.reshape(batch, length, c.o_groups, -1)
         out = self.wo_a(execution.constrain(out, ("batch", None, "o_groups", None)), execution)
         out = self.wo_b(out.reshape(batch, length, -1), execution)
-        out = execution.constrain(out, ("batch", None, None))
+        out = execution.constrain(out, execution.tokens(length))
         return out, (None if cache is None else {**cache, **updates}), observed
 
     def _stored(self, entries: jax.Array, execution: Execution) -> jax.Array:

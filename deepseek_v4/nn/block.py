@@ -48,6 +48,7 @@ class Block(nnx.Module):
         """Streams [B, S, n, d], or what the block before left of them, to the same, the updated cache, and what
         training asked for.
 
+        Tokens are split over devices as ``Execution.tokens`` says, and sublayers get and return them so.
         ``chosen`` [B, S, K], if given, are the experts to use.
         """
         if isinstance(streams, Unmixed):

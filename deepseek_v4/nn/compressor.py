@@ -52,8 +52,8 @@ class Compressor(nnx.Module):
         which it is kept. Returns the entries [n, B, T, width], the layer to read of them, and the updated cache arrays.
         """
         ratio, start, lengths = self.spec.compress_ratio, tokens.start, tokens.lengths
-        kv = self.wkv(x, jnp.float32)
-        score = self.wgate(x, jnp.float32) + self.ape[...][tokens.positions % ratio]
+        kv = execution.gather_tokens(self.wkv(x, jnp.float32))
+        score = execution.gather_tokens(self.wgate(x, jnp.float32)) + self.ape[...][tokens.positions % ratio]
         if tokens.documents is not None:
             return stored(self._packed(kv, score, tokens.documents, execution))[None], 0, {}
         rings = {} if cache is None else {name: cache[self.prefix + name] for name in ("entries", "kv", "score")}

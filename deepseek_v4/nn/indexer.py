@@ -11,7 +11,7 @@ from deepseek_v4.execution import Execution
 from deepseek_v4.formats import hadamard_transform, simulate_fp4
 from deepseek_v4.layer_spec import LayerSpec
 from deepseek_v4.nn.compressor import Compressor
-from deepseek_v4.nn.linear import Linear, PlainLinear
+from deepseek_v4.nn.linear import Linear, PlainLinear, plain_matmul
 from deepseek_v4.nn.variables import Storage
 from deepseek_v4.positions import Tokens
 from deepseek_v4.rope import apply_rope
@@ -60,10 +60,10 @@ class Indexer(nnx.Module):
             x, tokens, cache, layer, lambda keys: self._quantised(keys, execution), execution
         )
 
-        q = self.wq_b(qr, execution).reshape(*qr.shape[:-1], heads, dim)
+        q = self.wq_b(qr, execution, whole=True).reshape(*qr.shape[:-1], heads, dim)
         q = execution.constrain(q, ("batch", None, "index_heads", None))
         q = self._quantised(apply_rope(q, tokens.positions[..., None], self.spec.rope), execution)
-        weights = self.weights_proj(x, execution.activation_dtype).astype(jnp.float32) * (heads * dim) ** -0.5
+        weights = execution.gather_tokens(self._head_weights(x, execution)) * (heads * dim) ** -0.5
         head_shards = execution.mesh_axes("index_heads")
         # Without a cache every device has all keys of this call.
         split = None if cache is None else "entries"
@@ -105,6 +105,13 @@ class Indexer(nnx.Module):
             )
 
         return execution.per_shard(select, arguments, axes, rows), None, updates
+
+    def _head_weights(self, x: jax.Array, execution: Execution) -> jax.Array:
+        """float32 [B, S, heads]. Where tokens are split the weight comes to them, which is smaller than they are."""
+        weight = self.weights_proj.weight[...]
+        if execution.tokens(x.shape[1])[1]:
+            weight = execution.constrain(weight, (None, "embed"))
+        return plain_matmul(x, weight, execution.activation_dtype).astype(jnp.float32)
 
     def _quantised(self, vectors: jax.Array, execution: Execution) -> jax.Array:
         # Queries and keys alike: on one side only, the Hadamard rotation would not cancel in their product.

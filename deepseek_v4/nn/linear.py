@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from deepseek_v4.execution import Execution, dot_precision
 from deepseek_v4.formats import ACTIVATION_BLOCK, FP8_BLOCK, simulate_fp8
 from deepseek_v4.nn.variables import Packed, Storage, Weight, variable
 from pallas_kernels.block_scaled_matmul import block_scaled_matmul
+
+if TYPE_CHECKING:
+    from deepseek_v4.sharding import Axis
 
 
 class Linear(nnx.Module):
@@ -47,30 +51,59 @@ class Linear(nnx.Module):
             self.weight = variable(Weight, (out, inputs), storage.linears, axes, "linear", matrices)
             self.scale = None
 
-    def __call__(self, x: jax.Array, execution: Execution) -> jax.Array:
-        """x [..., in] to [..., out]; grouped: [..., g, in] to [..., g, out/g]. Dtype of x."""
+    def __call__(self, x: jax.Array, execution: Execution, *, whole: bool = False) -> jax.Array:
+        """x [..., in] to [..., out]; grouped: [..., g, in] to [..., g, out/g]. Dtype of x.
+
+        Tokens of rows [B, S, ...] that are split between sublayers are multiplied where they are by a whole weight; by
+        split outputs, split over the axes that are left (``whole``: not at all); and of split inputs every device gets
+        the sums of its own tokens.
+        """
         scale = None if self.scale is None else self.scale[...]
         # The reference runs the grouped output projection in BF16 although it is stored in FP8.
         if "activations" in execution.simulate and self.groups == 1:
             x = simulate_fp8(x, ACTIVATION_BLOCK)
+        rows = self._rows(x, execution, whole)
         if scale is not None and self._splits_in_blocks(execution):
-            out = self._by_shard(x, self.weight[...], scale, execution)
+            out = self._by_shard(x, self.weight[...], scale, execution, rows)
         else:
+            if rows.output == rows.input != ():
+                per_token = (self.axes[0], None) if self.groups > 1 else (None,)
+                x = execution.constrain(x, _layout(x.ndim, rows.input, *per_token))
             out = block_scaled_matmul(
                 x, self.weight[...], scale, groups=self.groups, implementation=execution.implementation
             )
+            out = self._summed(out, rows, execution)
         if self.lora_a is None or self.lora_b is None:
             return out
         low = plain_matmul(x, self.lora_a[...], x.dtype)
         b = self.lora_b[...]
         if self.groups == 1:
-            delta = plain_matmul(low, b, x.dtype)
+            delta = self._summed(plain_matmul(low, b, x.dtype), rows, execution)
         else:
             b = b.reshape(self.groups, -1, b.shape[-1]).astype(x.dtype)
             delta = jnp.einsum(
                 "...gr,gnr->...gn", low, b, precision=dot_precision(x.dtype), preferred_element_type=jnp.float32
             )
         return (out + self.lora_scale * delta).astype(x.dtype)
+
+    def _rows(self, x: jax.Array, execution: Execution, whole: bool) -> "_Rows":
+        per_token = 2 if self.groups > 1 else 1
+        split = execution.tokens(x.shape[1])[1] if x.ndim - per_token > 1 else ()
+        out_axes, summed = (() if axis is None else execution.mesh_axes(axis) for axis in self.axes)
+        if not split:
+            return _Rows((), (), summed)
+        left = tuple(name for name in split if name not in out_axes + summed)
+        if not summed:
+            left = () if whole and out_axes else left
+            return _Rows(left, left, ())
+        # Sums are scattered within what each device has, so over the last of the axes.
+        scattered = tuple(name for name in split if name in summed)
+        if out_axes or left + scattered != split:
+            return _Rows((), (), summed)
+        return _Rows(left, split, summed)
+
+    def _summed(self, out: jax.Array, rows: "_Rows", execution: Execution) -> jax.Array:
+        return execution.split_tokens(out, rows.input) if rows.output != rows.input else out
 
     def _splits_in_blocks(self, execution: Execution) -> bool:
         """Whether devices hold whole blocks of a packed weight, each with its scale."""
@@ -80,26 +113,28 @@ class Linear(nnx.Module):
         shards = [1 if axis is None else placement.size(axis) for axis in self.axes]
         return all(n == 1 or size % (n * FP8_BLOCK) == 0 for size, n in zip(self.sizes, shards, strict=True))
 
-    def _by_shard(self, x: jax.Array, weight: jax.Array, scale: jax.Array, execution: Execution) -> jax.Array:
+    def _by_shard(
+        self, x: jax.Array, weight: jax.Array, scale: jax.Array, execution: Execution, rows: "_Rows"
+    ) -> jax.Array:
         """The product with a packed weight on each device's own shards, where kernels can run.
 
         Rows follow the batch; partial sums of inputs that are split are added up in the dtype of x. The gradient is
         that of the whole product: a transposed ``shard_map`` would sum it over every axis that x is not split over.
         """
-        placement = execution.placement
-        assert placement is not None
         out_axis, in_axis = self.axes
-        sum_over = () if in_axis is None else placement.mesh_axes(in_axis)
+        scatter = tuple(name for name in rows.output if name not in rows.input)
+        sum_over = tuple(name for name in rows.summed if name not in scatter)
         grouped = self.groups > 1
 
         def multiply(x, weight, scale):
             groups = x.shape[-2] if grouped else 1
             out = block_scaled_matmul(x, weight, scale, groups=groups, implementation=execution.implementation)
-            return jax.lax.psum(out, sum_over) if sum_over else out
+            out = jax.lax.psum(out, sum_over) if sum_over else out
+            return jax.lax.psum_scatter(out, scatter, scatter_dimension=1, tiled=True) if scatter else out
 
-        leading = ("batch", *(None,) * (x.ndim - (3 if grouped else 2)))
-        x_axes = (*leading, out_axis, in_axis) if grouped else (*leading, in_axis)
-        out_axes = (*leading, out_axis, None) if grouped else (*leading, out_axis)
+        layout = functools.partial(_layout, x.ndim)
+        x_axes = layout(rows.input, out_axis, in_axis) if grouped else layout(rows.input, in_axis)
+        out_axes = layout(rows.output, out_axis, None) if grouped else layout(rows.output, out_axis)
 
         @jax.custom_vjp
         def run(x, weight, scale):
@@ -110,6 +145,8 @@ class Linear(nnx.Module):
 
         def run_backward(saved, gradient):
             x, weight, scale = saved
+            if scatter:
+                gradient = execution.constrain(gradient, layout(rows.input, out_axis))
             whole = functools.partial(block_scaled_matmul, groups=self.groups, implementation="xla")
             _, pull = jax.vjp(lambda x: whole(x, weight, scale), x)
             return *pull(gradient), None, None
@@ -123,6 +160,19 @@ class Linear(nnx.Module):
         self.lora_a = variable(Weight, (rank, inputs), jnp.float32, (None, in_axis), "adapter")
         self.lora_b = variable(Weight, (out, rank), jnp.float32, (out_axis, None), "adapter")
         self.lora_scale = scale
+
+
+class _Rows(NamedTuple):
+    """Mesh axes that tokens are split over before and after a product, and those that its parts are summed over."""
+
+    input: tuple[str, ...]
+    output: tuple[str, ...]
+    summed: tuple[str, ...]
+
+
+def _layout(ndim: int, tokens: tuple[str, ...], *last: "Axis") -> "tuple[Axis, ...]":
+    """Axes of an array [B, S, ...] of ``ndim`` dims whose last ones are split as ``last`` says."""
+    return (*("batch", tokens, *(None,) * ndim)[: ndim - len(last)], *last)
 
 
 class PlainLinear(nnx.Module):

@@ -40,7 +40,7 @@ def mixed(streams: jax.Array | Unmixed, execution: Execution) -> jax.Array:
     whole: jax.Array = (
         on_own_tokens(post_mix, streams._asdict(), {}, execution) if isinstance(streams, Unmixed) else streams
     )
-    return execution.constrain(whole, ("batch", None, None, None))
+    return execution.constrain(whole, execution.tokens(whole.shape[1]))
 
 
 def on_own_tokens(
@@ -52,14 +52,15 @@ def on_own_tokens(
 ) -> Any:
     """``operation(**of_tokens, **weights, **constants)`` of ``pallas_kernels.hyper_connection``, over any mesh.
 
-    ``of_tokens`` [B, S, ...] follow the batch, as the results do; ``weights`` are the same on every device. The
-    gradient is that of the XLA twin of the whole operation: in it the partitioner adds up, over the axes of the batch,
+    ``of_tokens`` [B, S, ...] are split as tokens are, and so are the results; ``weights`` are the same on every device.
+    The gradient is that of the XLA twin of the whole operation: in it the partitioner adds up, over the axes of tokens,
     what each device's tokens say about the weights, where a transposed ``shard_map`` would add over every mesh axis.
     """
     call = functools.partial(operation, **constants)
     if execution.placement is None:
         return call(**of_tokens, **weights, implementation=execution.implementation)
     names = (*of_tokens, *weights)
+    split = execution.tokens(next(iter(of_tokens.values())).shape[1])
 
     def local(*arrays: jax.Array) -> Any:
         return call(**dict(zip(names, arrays, strict=True)), implementation=execution.implementation)
@@ -67,8 +68,8 @@ def on_own_tokens(
     @jax.custom_vjp
     def run(of_tokens, weights):
         arrays = of_tokens | weights
-        in_axes = [("batch",) if name in of_tokens else () for name in names]
-        return execution.per_shard(local, [arrays[name] for name in names], in_axes, ("batch",))
+        in_axes = [split if name in of_tokens else () for name in names]
+        return execution.per_shard(local, [arrays[name] for name in names], in_axes, split)
 
     def forward(of_tokens, weights):
         return run(of_tokens, weights), (of_tokens, weights)

@@ -41,25 +41,26 @@ class Router(nnx.Module):
     def __call__(
         self, x: jax.Array, token_ids: jax.Array, execution: Execution, chosen: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [N, d], token_ids [N] to expert ids int32 [N, K], routing weights float32 [N, K] and log-scores [N, E].
+        """x [..., d], token_ids [...] to ids int32 [..., K], routing weights float32 [..., K] and log-scores [..., E].
 
         ``chosen`` are expert ids that were decided elsewhere; this router then only weighs them.
         """
         c = self.config
         logits = plain_matmul(x, self.weight[...], jnp.float32)
         log_scores = log_sqrt_softplus(logits)
+        tokens = execution.tokens(x.shape[1])
         if chosen is not None:
             ids = chosen
         elif self.bias is None:
             assert self.tid2eid is not None
-            ids = self.tid2eid[...][token_ids]
+            ids = execution.constrain(self.tid2eid[...][token_ids], tokens)
         else:
             biased = jnp.exp(log_scores) + self.bias[...]
             ids = execution.per_shard(
                 lambda scores: jax.lax.top_k(scores, c.num_experts_per_tok)[1],
                 (jax.lax.stop_gradient(biased),),
-                (("batch", None),),
-                ("batch", None),
+                (tokens,),
+                tokens,
             )
         # score / sum of scores, as a softmax of logarithms: a hash layer may choose experts whose scores all underflow.
         weights = jax.nn.softmax(jnp.take_along_axis(log_scores, ids, axis=-1), axis=-1)
@@ -147,8 +148,9 @@ class Experts(nnx.Module):
     def __call__(
         self, x: jax.Array, ids: jax.Array, weights: jax.Array, layer: jax.Array | int, execution: Execution
     ) -> jax.Array:
-        """x [N, d] with expert ids and weights [N, K] to float32 [N, d], summed over the experts of a token.
+        """x [B, S, d] with expert ids and weights [B, S, K] to float32 [B, S, d], summed over the experts of a token.
 
+        Of whole rows; tokens of the result are split as between sublayers.
         The arrays of w1, w2 and w3 may be those of a whole scan group, [n, E, ...], of which ``layer`` is used.
         """
         simulate = "activations" in execution.simulate
@@ -158,10 +160,10 @@ class Experts(nnx.Module):
         stacked = stored[0][0].ndim == 4
 
         def run(x, ids, weights, layer, w1, w2, w3, *adapters, **moved):
-            return expert_mlp(
-                x,
-                ids,
-                weights,
+            x_rows, *chosen = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+            out = expert_mlp(
+                x_rows,
+                *chosen,
                 w1,
                 w2,
                 w3,
@@ -172,6 +174,7 @@ class Experts(nnx.Module):
                 **moved,
                 implementation=execution.implementation,
             )
+            return out.reshape(x.shape)
 
         if simulate:
             x = simulate_fp8(x, ACTIVATION_BLOCK)
@@ -221,17 +224,14 @@ class MoE(nnx.Module):
         ``layer`` as in ``Experts``; ``chosen`` [B, S, K] replaces the router's choice. Observed are ``experts`` int32
         [B, S, K], the choice made, ``load`` [E] and, where scores route, ``balance_loss`` (see ``load_and_balance``).
         """
-        rows = x.reshape(-1, x.shape[-1])
-        flat = None if chosen is None else chosen.reshape(rows.shape[0], -1)
-        ids, weights, log_scores = self.gate(rows, tokens.ids.reshape(-1), execution, flat)
+        ids, weights, log_scores = self.gate(x, tokens.ids, execution, chosen)
         observed = {}
         if tokens.training is not None:
-            per_row = (*x.shape[:2], -1)
-            choice = ids.reshape(per_row)
-            load, balance = load_and_balance(choice, log_scores.reshape(per_row), tokens.training.real)
-            observed = {"experts": choice, "load": load}
+            load, balance = load_and_balance(ids, log_scores, tokens.training.real)
+            observed = {"experts": ids, "load": load}
             if self.gate.bias is not None:
                 observed["balance_loss"] = balance
-        routed = self.experts(rows, ids, weights, layer, execution).reshape(x.shape)
+        x, ids, weights = (execution.gather_tokens(a) for a in (x, ids, weights))
+        routed = self.experts(x, ids, weights, layer, execution)
         shared = self.shared_experts(x, execution).astype(jnp.float32)
-        return execution.constrain((routed + shared).astype(x.dtype), ("batch", None, None)), observed
+        return execution.constrain((routed + shared).astype(x.dtype), execution.tokens(x.shape[1])), observed

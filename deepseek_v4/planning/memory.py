@@ -110,7 +110,7 @@ def _inference_working(setting: Setting) -> dict[str, int]:
     d, n = config.hidden_size, config.hc_mult
     logits = 4 * setting.rows * config.vocab_size // placement.size("vocab")
     drafts = 1 if work.draft and config.drafter == "mtp" else 0
-    streams = tokens * n * d * 2
+    streams = tokens * n * d * 2 // placement.token_shards(work.tokens)
     heads = config.num_attention_heads // placement.size("heads")
     attention = 3 * tokens * heads * config.head_dim * 2
     if placement.mesh_axes("entries"):
@@ -217,7 +217,7 @@ def _training_working(setting: Setting) -> dict[str, int]:
     tokens = setting.rows * work.tokens
     d, n, heads = config.hidden_size, config.hc_mult, config.num_attention_heads // placement.size("heads")
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    streams = tokens * n * d * 2
+    streams = tokens * n * d * 2 // placement.token_shards(work.tokens)
     gathered = scattered = 0
     for described in setting.descriptions.layers.values():
         cut = [s for _, s in _described(described) if setting.shard(s) != setting.used_shard(s)]

@@ -162,7 +162,18 @@ def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, cont
     flat = flatten(described)
     tokens = setting.rows * work.tokens
     d = config.hidden_size
-    yield _mixing(setting, flat, tokens)
+    # Where rows are split between sublayers, a sublayer gathers what it needs of them and scatters its sums.
+    shards = placement.token_shards(work.tokens)
+    summed = "all-reduce" if shards == 1 else "reduce-scatter"
+
+    def sums(name: str, logical: str, bytes_per_number: int) -> Part:
+        numbers = tokens * d // (shards // placement.size(logical)) if shards > 1 else tokens * d
+        return Part(name, exchange=_exchange(setting, summed, logical, bytes_per_number * numbers))
+
+    yield _mixing(setting, flat, tokens // shards)
+    if shards > 1:
+        size = _latents(setting, flat, tokens)
+        yield Part("attention inputs", exchange=_exchange(setting, "all-gather", "sequence", size))
     yield _linears(setting, "projections", flat, ("attn",), tokens, without=("compressor", "indexer"))
     if spec.compress_ratio:
         yield _linears(setting, "compressor", flat, ("attn", "compressor"), tokens)
@@ -175,11 +186,13 @@ def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, cont
         heads = config.num_attention_heads // placement.size("heads")
         size = tokens * heads * config.head_dim
         yield from _joined(setting, "attention parts", size + 2 * tokens * heads, size * _activation_bytes())
-    yield Part("attention output", exchange=_exchange(setting, "all-reduce", "o_groups", 2 * tokens * d))
+    yield sums("attention output", "o_groups", 2)
     yield _linears(setting, "router", flat, ("ffn", "gate"), tokens)
+    if shards > 1:
+        yield Part("expert inputs", exchange=_exchange(setting, "all-gather", "sequence", 2 * tokens * d))
     yield _experts(setting, flat, tokens)
     yield _linears(setting, "shared expert", flat, ("ffn", "shared_experts"), tokens)
-    yield Part("shared expert output", exchange=_exchange(setting, "all-reduce", "expert_width", 2 * tokens * d))
+    yield sums("shared expert output", "expert_width", 2)
     yield from _travel(setting, tokens)
     draft = {path: leaf for path, leaf in flat.items() if path[0] in ("e_proj", "h_proj")}
     if draft:
@@ -213,7 +226,10 @@ def _linears(
     tokens: int,
     without: tuple[str, ...] = (),
 ) -> Part:
-    """The products with the weights under a path: weights once, inputs and outputs of every token."""
+    """The products with the weights under a path: weights once, inputs and outputs of every token.
+
+    Of tokens that are split between sublayers a weight meets those that ``Linear`` gives it.
+    """
     multiplied, moved = _passes(setting)
     operations: dict[str, float] = collections.defaultdict(float)
     size = 0.0
@@ -225,8 +241,10 @@ def _linears(
             continue
         out, inputs = setting.used_shard(spec)
         kind = "float32" if {"compressor", "gate"} & set(path) else "bfloat16"
-        operations[kind] += multiplied * 2 * tokens * out * inputs
-        size += tokens * (out + inputs) * _activation_bytes()
+        whole = "wq_b" in path
+        own = tokens // (1 if whole else setting.placement.token_shards(setting.workload.tokens, spec.axes))
+        operations[kind] += multiplied * 2 * own * out * inputs
+        size += own * (out + inputs) * _activation_bytes()
     return Part(name, operations, moved * size)
 
 
@@ -259,8 +277,21 @@ def _travel(setting: Setting, tokens: int) -> Iterator[Part]:
         for name, size in (("tokens to experts", 2), ("expert outputs", 4)):
             exchange = _exchange(setting, "ragged-all-to-all", "experts", size * tokens * choices * d)
             yield Part(name, exchange=exchange)
-    name, summed = ("expert outputs", ("experts", "expert_width")) if form is None else ("expert sums", "expert_width")
-    yield Part(name, exchange=_exchange(setting, "all-reduce", summed, 4 * tokens * d))
+    name, over = ("expert outputs", ("experts", "expert_width")) if form is None else ("expert sums", "expert_width")
+    kind = "all-reduce" if setting.placement.token_shards(setting.workload.tokens) == 1 else "reduce-scatter"
+    yield Part(name, exchange=_exchange(setting, kind, over, 4 * tokens * d))
+
+
+def _latents(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], tokens: int) -> int:
+    """Bytes that attention gathers: latents of queries and keys, float32 ones of compressors, index weights."""
+    size = 0
+    for path, spec in flat.items():
+        if path[0] != "attn" or path[-1] != "weight":
+            continue
+        if path[-2] in ("wq_a", "wkv", "wgate", "weights_proj"):
+            wide = "compressor" in path or "weights_proj" in path
+            size += spec.shape[-2] * (4 if wide else _activation_bytes())
+    return tokens * size
 
 
 def _elements(setting: Setting, path: tuple[str, ...], spec: ParameterSpec) -> tuple[int, ...]:
