@@ -126,23 +126,27 @@ def test_rows_are_split_between_sublayers():
     step = jax.jit(functools.partial(model.forward, draft=True, last_only=True), donate_argnums=2)
     program = step.lower(model.abstract_params(), tokens, model.abstract_cache(rows, 512, 4)).compile()
     found = {c.kind: c for c in collectives(program.as_text())}
-    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "collective-permute"}
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
     of_all = 4 * rows * length
     # In three layers: sums of attention, routed and shared experts. Shared experts and attention's output projection
     # are computed for half of the tokens already, and scattered over tensor alone.
     assert found["reduce-scatter"].times == 3 * 3
     assert found["reduce-scatter"].bytes == 3 * 3 * of_all * width // 4
-    # Latents of queries and keys, those of compressors (HCA; CSA and its indexer), index weights, expert inputs with
-    # ids and weights; and once the weight [16, 256] that makes the index weights. XLA may join some, or gather less.
-    latents = 3 * (config.q_lora_rank + config.head_dim) + 2 * 64 + 2 * 2 * 64 + 2 * 2 * 32 + config.index_n_heads
+    # Latents of queries and keys, those of compressors (HCA; CSA and its indexer), index weights, selected entries,
+    # expert inputs with ids and weights; and once the weight [16, 256] that makes the index weights. XLA may join some,
+    # or gather less.
+    latents = 3 * (config.q_lora_rank + config.head_dim) + 2 * 64 + 2 * 2 * 64 + 2 * 2 * 32
+    latents += config.index_n_heads + config.index_topk
     experts = 3 * (width + 2 * config.num_experts_per_tok)
     expected = of_all * (latents + experts) + 4 * config.index_n_heads * width
     assert 0.98 * expected <= found["all-gather"].bytes <= expected
     assert found["all-gather"].largest == of_all * width
-    # The embedding's rows, index scores of a layer, the streams of five tokens that the draft will need and of the last
-    # ones for two heads; drafting begins with the streams of the token before, which is another device's.
-    assert found["all-reduce"].times <= 5
-    assert found["all-reduce"].largest <= max(of_all * width, of_all * 512 // 4)
+    # Index queries are shared out: whole heads of half of them, each with its weight.
+    assert found["all-to-all"].bytes <= of_all // 2 * config.index_n_heads * (config.index_head_dim + 1)
+    # The embedding's rows, the streams of five tokens that the draft will need and of the last ones for two heads;
+    # drafting begins with the streams of the token before, which is another device's.
+    assert found["all-reduce"].times <= 4
+    assert found["all-reduce"].largest <= of_all * width
     assert found["collective-permute"].bytes == 4 * rows * config.hc_mult * width
 
 
