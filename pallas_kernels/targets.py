@@ -29,7 +29,8 @@ class Chip:
     program, on GPUs 95 % (the compiler does not check). ``link_bandwidth`` is bytes/s one way of one torus link of a
     chip (half the published bidirectional figure over its ``links``), or of a GPU's port to its NVSwitch;
     ``network_bandwidth`` of the network between hosts per GPU. ``slices`` are the shapes that can be rented; a dim of
-    a torus wraps around from ``wraps_from`` chips on.
+    a torus wraps around from ``wraps_from`` chips on. ``copies_stacks``: bfloat16 arrays that a loop slices are kept a
+    second time, in tiles of 16 rows (libtpu 0.0.42).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Chip:
     link_bandwidth: float = 0
     network_bandwidth: float = 0
     slices: tuple[str, ...] = ()
+    copies_stacks: bool = False
     wraps_from: int = 0
 
     def peak_for(self, kind: str) -> float:
@@ -140,6 +142,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
                 link_bandwidth=1200e9 / 2 / 6,
                 slices=_SLICES_3D,
                 wraps_from=4,
+                copies_stacks=True,
             ),
             Chip(
                 "h200",

@@ -103,7 +103,8 @@ def _inference_working(setting: Setting) -> dict[str, int]:
     outputs of a device's heads, rows sent to experts or index scores of a block of queries with the copies that top-k
     makes, and four copies of the residual streams. FP8 linears outside of kernels become float32 products of codes and
     scales, then bfloat16: 14 bytes per number, of two linears at a time. Rings (window, and the float32 rows of windows
-    in progress) change their layout on the way into the scan over layers: a copy of those of the largest scan group.
+    in progress) change their layout on the way into the scan over layers, and on some chips the weights that stay
+    bfloat16: a copy of those of the largest scan group.
     """
     config, work, placement = setting.config, setting.workload, setting.placement
     tokens = setting.rows * work.tokens
@@ -129,8 +130,17 @@ def _inference_working(setting: Setting) -> dict[str, int]:
     return {
         "results": (1 + drafts) * logits,
         "copied rings": max(rings),
+        "copied weights": max(map(functools.partial(_copied_weights, setting), setting.descriptions.params["groups"])),
         "activations": max(activations, UNPACKED * sum(linears[-2:])),
     }
+
+
+def _copied_weights(setting: Setting, group: Any) -> int:
+    """Bytes of a group's stacks of bfloat16 matrices, where the chip's compiler keeps them twice."""
+    if not setting.topology.chip.copies_stacks:
+        return 0
+    matrices = [spec for _, spec in _described(group) if spec.role == "matrix" and spec.dtype == jnp.bfloat16]
+    return array_bytes(setting, [(setting.used_shard(spec), spec.dtype) for spec in matrices])
 
 
 def _index_scores(setting: Setting) -> int:
