@@ -23,7 +23,7 @@ class Choice:
     decode_tokens: int = 256
 
 
-DEFAULT = Choice(Blocks(outputs=64, rows=FEWEST_ROWS), Blocks(outputs=64, rows=128, stages=3))
+DEFAULT = Choice(Blocks(outputs=64, rows=FEWEST_ROWS), Blocks(outputs=64, rows=128, warps=8, stages=3))
 
 # Sizes that compile within the chips' shared memory and registers; nothing was measured.
 TABLE: Mapping[str, Choice] = MappingProxyType({"h200": DEFAULT, "b200": DEFAULT})
