@@ -111,8 +111,8 @@ def test_loss_and_gradients_are_those_of_one_device(case, rules, mesh, exchange)
         for dims in re.findall(r"\[([\d,]+)\]", shape)
     ]
     # Where there is no ragged all-to-all, rows that travel are gathered: 3 choices of 40 tokens of a device, and back.
-    # Where rows are split between sublayers, experts gather their inputs, two rows of 40, and attention the gradients of
-    # its outputs, of a device's two head groups of two heads.
+    # Where rows are split between sublayers, experts gather their inputs, two rows of 40, and attention the gradients
+    # of its outputs, of a device's two head groups of two heads.
     rows = [(2, count, CONFIG.hidden_size) for count in (40, 3 * 40, exchange.rows)]
     rows.append((2, 40, 2, 2 * CONFIG.head_dim))
     gathered = [math.prod(shape) for shape in shapes if len(shape) > 2 and shape not in rows]
