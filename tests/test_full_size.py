@@ -36,8 +36,8 @@ CASES = [
     case("flash", "v6e:2x4", "expert=2,tensor=4", "decode", 1, 1 << 20, 0.75),
     case("flash", "v6e:2x4", "context=8", "prefill", 1, 1 << 20, 1.25),
     case("pro", "v7x:2x4x4", "data=4,expert=4,tensor=4", "decode", 8, 1 << 20, 4.0),
+    case("flash", "h200:8", "data=4,tensor=2", "decode", 28, 1 << 20, 0.25),
     case("flash", "h200:8", "data=4,tensor=2", "prefill", 4, 1 << 20, 0.75),
-    case("pro", "b200:8", "tensor=8", "prefill", 1, 1 << 20, 1.0),
 ]
 
 
@@ -69,7 +69,8 @@ def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, work
         # Rows are split: attention, shared expert and routed experts of every layer scatter their sums. Where those of
         # the routed experts are over all chips of a slice, the compiler for TPUs makes all-reduces of them.
         assert set(found) <= {"all-gather", "all-to-all", "reduce-scatter", "collective-permute"}
-        assert 2 * len(specs) <= found["reduce-scatter"]["times"] <= 3 * len(specs)
+        # The embedding's rows may be scattered too.
+        assert 2 * len(specs) <= found["reduce-scatter"]["times"] <= 3 * len(specs) + 1
         assert sums["times"] + found["reduce-scatter"]["times"] <= 3 * len(specs) + 4
     else:
         assert set(found) <= {"all-gather", "all-to-all"}
