@@ -11,8 +11,6 @@ function, so calling a compiled step flattens nothing but arrays.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -42,8 +40,10 @@ from deepseek_v4.parameters import (
     stored_as,
 )
 from deepseek_v4.positions import Tokens, Training
+from deepseek_v4.remat import REMAT_POLICIES, in_turn
 from deepseek_v4.sharding import check_placement
 from deepseek_v4.stored_rows import entry_axes, map_shapes
+from deepseek_v4.vocabulary import embed
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -71,15 +71,6 @@ class Hidden(NamedTuple):
     main: jax.Array
     draft: jax.Array | None
     observed: Observed
-
-
-REMAT_POLICIES: Mapping[str, Any] = MappingProxyType(
-    {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "experts": jax.checkpoint_policies.save_only_these_names("expert_gate", "expert_up", "expert_out"),
-    }
-)
-"""What a backward pass finds of a layer's forward pass: nothing, or the products of its routed experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +220,9 @@ class Model:
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         tokens = Tokens(token_ids, start, lengths)
         shell = self._shell(params)
-        embedded, streams, group_caches, _ = self._run_layers(shell, params, tokens, cache)
+        # Summed over the vocabulary's shards first, which have the same axes: else the table would come to the tokens.
+        embedded = execution.split_tokens(self._embedded(shell, token_ids))
+        streams, group_caches, _ = self._run_layers(embedded, params, tokens, cache)
 
         new_cache = None
         if cache is not None:
@@ -270,8 +263,7 @@ class Model:
         shell = self._shell(params)
         block = self._draft_block(params["drafts"][0])
         tokens = Tokens(execution.constrain(token_ids[:, None], ("batch", None)), positions, lengths)
-        embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
-        drafted = block.combine(execution.constrain(embedded, ("batch", None, None)), streams, execution)
+        drafted = block.combine(self._embedded(shell, tokens.ids), streams, execution)
         drafted, member, _ = block(drafted, tokens.before(), cache["drafts"][0], 0, execution, None)
         drafted = mixed(drafted, execution)
         logits = shell.head(block.output(drafted, execution), jnp.float32)
@@ -313,14 +305,16 @@ class Model:
         token_ids = execution.constrain(token_ids.astype(jnp.int32), ("batch", None))
         start, lengths = jnp.zeros(batch, jnp.int32), jnp.full(batch, length, jnp.int32)
         tokens = Tokens(token_ids, start, lengths, positions, training)
-        shell = self._shell(params)
-        embedded, streams, _, groups = self._run_layers(shell, params, tokens, None, chosen, remat)
+        shell = self._shell(params, tables_cut=True)
+        embedded = execution.split_tokens(embed(shell.embed.weight[...], token_ids, execution))
+        streams, _, groups = self._run_layers(embedded, params, tokens, None, chosen, remat)
         observed: Observed = {"groups": groups, "drafts": ()}
         main = execution.gather_tokens(shell.output(streams, execution))
         if not draft:
             return Hidden(main, None, observed)
 
         def run_draft(params, embedded, streams, chosen):
+            params, (embedded, streams) = in_turn(params, (embedded, streams))
             streams, block, _, seen = self._run_draft(params, embedded, streams, tokens, None, chosen)
             return execution.gather_tokens(block.output(streams, execution)), seen
 
@@ -331,23 +325,28 @@ class Model:
         return Hidden(main, drafted, {**observed, "drafts": (seen,)})
 
     def vocabulary(self, params: Params) -> jax.Array:
-        """The weight [vocab, d] of the vocabulary projection, as the forward pass uses it."""
-        return self._shell(params).head.weight[...]
+        """The weight [vocab, d] of the vocabulary projection, rounded as it is used, in the layout it is stored in."""
+        return self._shell(params, tables_cut=True).head.weight[...]
 
-    def _shell(self, params: Params) -> Any:
-        around = self._used(self.shell_specs(), params["shell"])
+    def _shell(self, params: Params, tables_cut: bool = False) -> Any:
+        """What surrounds the layers; with ``tables_cut`` embedding and vocabulary projection are not gathered."""
+        specs, rounded = self.shell_specs(), self._rounded(self.shell_specs(), params["shell"])
+        around = self._gathered(specs, rounded)
+        if tables_cut:
+            around |= {name: rounded[name] for name in ("embed", "head")}
         return nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), around)
 
-    def _run_layers(self, shell, params, tokens: Tokens, cache, chosen=None, remat=None):
-        """(embedded, streams, caches of the groups, observed of the groups) of the main layers."""
-        execution = self.execution
-        embedded = shell.embed.weight[...][tokens.ids].astype(execution.activation_dtype)
-        # Summed over the vocabulary's shards first, which have the same axes: else the table would come to the tokens.
-        embedded = execution.split_tokens(execution.constrain(embedded, ("batch", None, None)))
+    def _embedded(self, shell: Any, ids: jax.Array) -> jax.Array:
+        """Embeddings [B, S, d] by a table that is not cut."""
+        embedded = shell.embed.weight[...][ids].astype(self.execution.activation_dtype)
+        return self.execution.constrain(embedded, ("batch", None, None))
+
+    def _run_layers(self, embedded, params, tokens: Tokens, cache, chosen=None, remat=None):
+        """(streams, caches of the groups, observed of the groups) of the main layers."""
         # What a backward pass keeps of every layer is smaller where the last output is mixed in.
         streams: jax.Array | Unmixed = unmixed(embedded, self.config.hc_mult)
         if remat is not None:
-            streams = mixed(streams, execution)
+            streams = mixed(streams, self.execution)
         caches, observed = [], []
         for index, group in enumerate(self.groups):
             group_cache = None if cache is None else cache["groups"][index]
@@ -357,15 +356,20 @@ class Model:
             )
             caches.append(group_cache)
             observed.append(seen)
-        return embedded, mixed(streams, execution), tuple(caches), tuple(observed)
+        return mixed(streams, self.execution), tuple(caches), tuple(observed)
 
     def _used(self, specs: Params, params: Params) -> Params:
         """Parameters of one layer as modules take them: rounded as ``quantise`` says, gathered if they are cut."""
+        return self._gathered(specs, self._rounded(specs, params))
+
+    def _rounded(self, specs: Params, params: Params) -> Params:
+        return stored_as(specs, params, self.execution.quantise)
+
+    def _gathered(self, specs: Params, params: Params) -> Params:
         execution = self.execution
-        rounded = stored_as(specs, params, execution.quantise)
         if execution.placement is None:
-            return rounded
-        return execution.placement.gathered(specs, rounded, execution.activation_dtype)
+            return params
+        return execution.placement.gathered(specs, params, execution.activation_dtype)
 
     def _run_group(self, group: ScanGroup, params, streams, tokens: Tokens, cache, chosen=None, remat=None):
         graphs = [nnx.graphdef(block_module(self.config, spec, self.storage, self.adapters)) for spec in group.pattern]
@@ -379,6 +383,8 @@ class Model:
         unroll = min(self.execution.unroll, group.repeats)
 
         def run_member(index, params, streams, cache, layer, chosen):
+            if remat is not None:
+                params, streams = in_turn(params, streams)
             layer_params = nest(flatten(jax.tree.map(from_bytes, params, types[index])) | whole[index])
             block = nnx.merge(graphs[index], self._used(specs[index], layer_params))
             streams, cache, seen = block(streams, tokens, cache, layer, self.execution, chosen)
@@ -393,8 +399,10 @@ class Model:
             for index in range(len(graphs)):
                 run = functools.partial(run_member, index)
                 if remat is not None:
-                    # In a loop of single layers nothing could be merged across the barrier that this leaves out.
-                    run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+                    # In a loop of single layers nothing could be merged across the barrier that this leaves out, nor
+                    # computed again before the gradient is there that needs it. A loop of one turn is none.
+                    alone = len(graphs) == unroll == 1 < group.repeats
+                    run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=not alone)
                 member = None if cache is None else cache[index]
                 streams, member, seen = run(
                     params[index], streams, member, layer, None if chosen is None else chosen[index]

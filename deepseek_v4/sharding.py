@@ -198,9 +198,10 @@ class Placement:
 
         That of ``sharding``, with matrices cut once more over ``rules.fsdp``.
         """
-        return NamedSharding(self.mesh, self._stored_spec(spec.axes, spec.shape, spec.role in _MATRIX_ROLES))
+        return NamedSharding(self.mesh, self.stored_spec(spec.axes, spec.shape, spec.role in _MATRIX_ROLES))
 
-    def _stored_spec(self, axes: Sequence[str | None], shape: Sequence[int], matrix: bool = True) -> PartitionSpec:
+    def stored_spec(self, axes: Sequence[str | None], shape: Sequence[int], matrix: bool = True) -> PartitionSpec:
+        """The layout in which a parameter of these logical axes is stored, a ``matrix`` or not."""
         whole = self.sharding(axes, shape).spec
         cut = [_names(entry) for entry in whole]
         names = tuple(name for name in self.mesh_axes("fsdp") if all(name not in held for held in cut))
@@ -292,7 +293,7 @@ class Placement:
         weight_specs = tuple(
             arrays
             and tuple(
-                None if array is None else self._stored_spec(names, array.shape) if cut else self.spec(names)
+                None if array is None else self.stored_spec(names, array.shape) if cut else self.spec(names)
                 for array, names in zip(arrays, described, strict=True)
             )
             for arrays, described in zip(stored, axes, strict=True)
@@ -341,10 +342,21 @@ def _narrower(stored: jax.typing.DTypeLike, used: jax.typing.DTypeLike) -> jnp.d
     return min(jnp.dtype(stored), jnp.dtype(used), key=lambda dtype: dtype.itemsize)
 
 
+def _narrowed(value: jax.Array, used: jax.typing.DTypeLike) -> jax.Array:
+    """A weight in the dtype in which it has to travel."""
+    dtype = _narrower(value.dtype, used)
+    if dtype != value.dtype:
+        # Rounded first, to the same value: XLA's TPU compiler (libtpu 0.0.42) moves a bare conversion of a slice of a
+        # stack of layers out of their loop, and then keeps all layers twice.
+        info = jnp.finfo(dtype)
+        value = jax.lax.reduce_precision(value, info.nexp, info.nmant)
+    return value.astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(value: jax.Array, whole: NamedSharding, cut: NamedSharding, moved: jnp.dtype) -> jax.Array:
     """``value`` with layout ``whole``; it travels in dtype ``moved``. Its gradient arrives with layout ``cut``."""
-    part = jax.lax.with_sharding_constraint(value.astype(moved), cut)
+    part = jax.lax.with_sharding_constraint(_narrowed(value, moved), cut)
     return jax.lax.with_sharding_constraint(part, whole).astype(value.dtype)
 
 
@@ -394,7 +406,7 @@ class _ExpertShards:
             def join(array: jax.Array, spec: PartitionSpec) -> jax.Array:
                 if array.ndim == 4:
                     array, spec = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), spec[1:]
-                return self._join(array if packed else array.astype(_narrower(array.dtype, self.dtype)), spec)
+                return self._join(array if packed else _narrowed(array, self.dtype), spec)
 
             return tuple(None if a is None else join(a, spec) for a, spec in zip(arrays, specs, strict=True))
 

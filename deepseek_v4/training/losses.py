@@ -7,12 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from deepseek_v4.execution import Execution, dot_precision
-
-_LOGITS = 1 << 24
-"""Logits of one device that are in memory at a time (64 MiB in float32)."""
+from deepseek_v4.execution import Execution
+from deepseek_v4.vocabulary import scores
 
 
 class CrossEntropy(NamedTuple):
@@ -42,43 +39,12 @@ def cross_entropy(
 ) -> CrossEntropy:
     """Cross-entropy of ``following`` [B, S] under logits hidden [B, S, d] times weight [vocab, d], where ``wanted``.
 
-    A part of the sequence at a time, also in the backward pass, which computes the logits again: logits of more tokens
-    than one part never exist together. Operands have the dtype of ``hidden``, sums are float32.
+    ``weight`` may be cut as it is stored; see ``vocabulary.scores`` for what is in memory at a time.
     """
-    batch, length, _ = hidden.shape
-    placement = execution.placement
-    shards = 1 if placement is None else placement.size("batch") * placement.size("vocab")
-    part = max(1, min(length, _LOGITS * shards // (batch * weight.shape[0])))
-    parts = -(-length // part)
-
-    def run(inputs):
-        hidden, following, wanted = inputs
-        logits = jnp.einsum(
-            "bsd,vd->bsv",
-            hidden,
-            weight.astype(hidden.dtype),
-            precision=dot_precision(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        logits = execution.constrain(logits, ("batch", None, "vocab"))
-        log_sum = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
-        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return (
-            jnp.sum(jnp.where(wanted, log_sum - picked, 0.0)),
-            jnp.sum(jnp.where(wanted, jnp.square(log_sum), 0.0)),
-            jnp.sum(wanted & (greedy == following), dtype=jnp.float32),
-            greedy,
-        )
-
-    if parts == 1:
-        return CrossEntropy(*run((hidden, following, wanted)))
-    run = jax.checkpoint(run, prevent_cse=False)
-
-    def cut(a):
-        a = jnp.pad(a, [(0, 0), (0, parts * part - length)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(batch, parts, part, *a.shape[2:]), 1, 0)
-
-    loss, z, correct, greedy = lax.map(run, (cut(hidden), cut(following), cut(wanted)))
-    greedy = jnp.moveaxis(greedy, 0, 1).reshape(batch, -1)[:, :length]
-    return CrossEntropy(jnp.sum(loss), jnp.sum(z), jnp.sum(correct), greedy)
+    log_sum, picked, greedy = scores(hidden, weight, following, execution)
+    return CrossEntropy(
+        jnp.sum(jnp.where(wanted, log_sum - picked, 0.0)),
+        jnp.sum(jnp.where(wanted, jnp.square(log_sum), 0.0)),
+        jnp.sum(wanted & (greedy == following), dtype=jnp.float32),
+        greedy,
+    )

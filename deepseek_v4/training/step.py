@@ -21,10 +21,11 @@ from jax import lax
 
 from deepseek_v4.distributed import place_rows
 from deepseek_v4.initialise import initialise
-from deepseek_v4.model import REMAT_POLICIES, Hidden, Model, Observed, Params
+from deepseek_v4.model import Hidden, Model, Observed, Params
 from deepseek_v4.nn.variables import Buffer
 from deepseek_v4.parameters import ParameterSpec, is_spec, map_specs
 from deepseek_v4.positions import Training
+from deepseek_v4.remat import REMAT_POLICIES
 from deepseek_v4.sharding import MeshError
 from deepseek_v4.training.evaluation import evaluation_sums
 from deepseek_v4.training.losses import cross_entropy, labels
