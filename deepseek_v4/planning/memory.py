@@ -218,35 +218,40 @@ def _state(setting: Setting) -> tuple[tuple[str, int], ...]:
 
 
 def _training_working(setting: Setting) -> dict[str, int]:
-    """Gradients, the streams kept between layers, one layer's weights and gradients whole, and what it computes.
+    """Gradients, the streams kept between layers, and what one layer needs while its experts are differentiated.
 
-    Every layer is recomputed in the backward pass, so that only its input streams are kept; its intermediate results
-    count twice, values and their gradients.
+    Follows the buffers that libtpu's compiler keeps at the peak of Flash's step (``docs/pods.md``): every layer is
+    computed again in the backward pass, one at a time (``remat.in_turn``), and of the layers before it only the input
+    streams are there. Float32 gradients of a layer's experts are whole until they are scattered. Of attention there are
+    queries in float32, in which they are normed, and in bfloat16 as rotated queries, in blocks, and outputs. Rows that
+    travel and their gradients are there as they were sorted and as the exchange takes them (8 bytes per number),
+    results come back in float32; a round has both as they arrived, in two layouts, and their gradients twice in
+    float32. Embedding, head and the optimizer take turns with this, and less.
     """
     config, work, placement = setting.config, setting.workload, setting.placement
     tokens = setting.rows * work.tokens
     d, n, heads = config.hidden_size, config.hc_mult, config.num_attention_heads // placement.size("heads")
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     streams = tokens * n * d * 2 // placement.token_shards(work.tokens)
-    gathered = scattered = 0
+    gathered = whole = 0
     for described in setting.descriptions.layers.values():
-        cut = [s for _, s in _described(described) if setting.shard(s) != setting.used_shard(s)]
+        specs = [spec for _, spec in _described(described)]
+        cut = [spec for spec in specs if setting.shard(spec) != setting.used_shard(spec)]
         gathered = max(gathered, sum(travelling_bytes(setting, spec) for spec in cut))
-        whole = [size_bytes(setting.used_shard(spec), spec.dtype) for spec in cut if is_trained(setting, spec)]
-        scattered = max(scattered, sum(whole))
-    attention = 6 * tokens * heads * config.head_dim * 2
+        experts = [spec for spec in specs if "experts" in spec.axes and is_trained(setting, spec)]
+        whole = max(whole, sum(size_bytes(setting.used_shard(spec), spec.dtype) for spec in experts))
+    attention = tokens * heads * config.head_dim * (4 + 3 * 2)
     choices, width = config.num_experts_per_tok, config.moe_intermediate_size
     form, group = setting.exchange
     if form == "dispatch":
-        # A round's rows, and what waits for it: rows and gradients to send, float32 results.
-        experts = placement.exchange.rows * (d * 10 + 3 * width * 4) + tokens * choices * d * 8
+        rows = min(placement.exchange.rows, group * tokens * choices)
+        moved = tokens * choices * d * (8 + 4) + rows * d * (2 * 2 * 2 + 2 * 4)
     else:
-        experts = group * tokens * choices * (d * 6 + 3 * width * 4)
-    logits = 3 * 4 * tokens * config.vocab_size // placement.size("vocab")
+        moved = 2 * group * tokens * choices * (d * 6 + 3 * width * 4)
     return {
         "gradients": _stored(setting, trained_specs(setting)),
         "kept streams": layers * streams,
         "gathered weights": gathered,
-        "whole gradients": scattered,
-        "activations": max(8 * streams + 2 * (attention + experts), logits),
+        "whole gradients": whole,
+        "activations": 8 * streams + attention + moved,
     }
