@@ -139,13 +139,13 @@ def _launch(q, first, *, sink, whole, parts, blocks: Blocks, interpret, **consta
     """
     number, heads, width = q.shape
     head_block = _power_divisor(heads, blocks.heads)
-    per_query = pl.BlockSpec((None, head_block, width), lambda i, h, part: (i, h, 0))
+    per_query = pl.BlockSpec((None, head_block, width), lambda h, i, part: (i, h, 0))
     whole = {"first": first.reshape(1), **whole}
     if parts == 1:
         out_specs, out_shape = [per_query], [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     else:
-        per_part = pl.BlockSpec((None, None, head_block), lambda i, h, part: (i, part, h))
-        out_specs = [pl.BlockSpec((None, None, head_block, width), lambda i, h, part: (i, part, h, 0))] + 2 * [per_part]
+        per_part = pl.BlockSpec((None, None, head_block), lambda h, i, part: (i, part, h))
+        out_specs = [pl.BlockSpec((None, None, head_block, width), lambda h, i, part: (i, part, h, 0))] + 2 * [per_part]
         out_shape = [
             jax.ShapeDtypeStruct((number, parts, heads, width), jnp.float32),
             *2 * [jax.ShapeDtypeStruct((number, parts, heads), jnp.float32)],
@@ -155,12 +155,12 @@ def _launch(q, first, *, sink, whole, parts, blocks: Blocks, interpret, **consta
     )
     return pl.pallas_call(
         kernel,
-        # Blocks of heads of one query are neighbours in time and share its keys in the L2 cache.
-        grid=(number, heads // head_block, parts),
+        # The first dim varies fastest: blocks of heads of one query run in turn and share its keys in the L2 cache.
+        grid=(heads // head_block, number, parts),
         in_specs=[
             per_query,
-            pl.BlockSpec((head_block,), lambda i, h, part: (h,)),
-            *[pl.BlockSpec(a.shape, lambda i, h, part, n=a.ndim: (0,) * n) for a in whole.values()],
+            pl.BlockSpec((head_block,), lambda h, i, part: (h,)),
+            *[pl.BlockSpec(a.shape, lambda h, i, part, n=a.ndim: (0,) * n) for a in whole.values()],
         ],
         out_specs=out_specs,
         out_shape=out_shape,
@@ -211,7 +211,7 @@ def interpreted(**arguments: Any) -> jax.Array:
 def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, keys, split, interpret):
     at = dict(zip(names, refs, strict=False))
     results = refs[len(names) :]
-    query, part_number = at["first"][0] + pl.program_id(0), pl.program_id(2)
+    query, part_number = at["first"][0] + pl.program_id(1), pl.program_id(2)
     b, s = query // length, query % length
     half = q_ref.shape[1] // 2
     halves = (slice(0, half), slice(half, 2 * half))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import lowered_for_cuda
+from lowering import lowered_for_cuda, served_on_gpus
 from test_compressed_attention import IMPLEMENTATIONS, PROBLEMS, Problem, make
 
 from pallas_kernels.compressed_attention import compressed_attention, gpu
@@ -11,7 +11,7 @@ from pallas_kernels.compressed_attention.blocks import TABLE
 from pallas_kernels.registry import operations
 
 
-@pytest.mark.parametrize("name", [c.name for c in operations()["compressed_attention"].cases() if c.representative])
+@pytest.mark.parametrize("name", served_on_gpus("compressed_attention"))
 def test_released_shapes_lower_for_cuda(name):
     """To Triton's language, as far as jax goes without NVIDIA's compiler; tests/kernels/test_compile_gpu.py goes on."""
     case = next(c for c in operations()["compressed_attention"].cases() if c.name == name)
