@@ -1,6 +1,9 @@
 """Shared fixtures; sets up eight simulated devices before JAX is imported."""
 
+import ctypes
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,7 +14,22 @@ os.environ.setdefault(
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs() -> Iterator[None]:
+    """Drops what a file compiled when it is done.
+
+    Kept, the programs of all files are 8 GiB per worker and more mappings than Linux gives a process (65,530), which
+    XLA ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -206,7 +206,7 @@ PLAIN = dataclasses.replace(
 
 
 def test_rules_refuse_axes_that_others_use():
-    with pytest.raises(MeshError, match=r"\['expert'\] are used by both vocab and fsdp"):
+    with pytest.raises(MeshError, match=r"\['expert'\] are used by both sequence and fsdp"):
         Rules(fsdp=("expert",))
     with pytest.raises(MeshError, match="must be among the mesh axes of the batch"):
         Rules(batch=(), fsdp=("data",))
