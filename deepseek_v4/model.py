@@ -330,10 +330,10 @@ class Model:
 
     def _shell(self, params: Params, tables_cut: bool = False) -> Any:
         """What surrounds the layers; with ``tables_cut`` embedding and vocabulary projection are not gathered."""
-        specs, rounded = self.shell_specs(), self._rounded(self.shell_specs(), params["shell"])
-        around = self._gathered(specs, rounded)
-        if tables_cut:
-            around |= {name: rounded[name] for name in ("embed", "head")}
+        specs = self.shell_specs()
+        around = self._rounded(specs, params["shell"])
+        whole = [name for name in around if not (tables_cut and name in ("embed", "head"))]
+        around |= self._gathered({name: specs[name] for name in whole}, {name: around[name] for name in whole})
         return nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), around)
 
     def _embedded(self, shell: Any, ids: jax.Array) -> jax.Array:

@@ -34,13 +34,18 @@ def rope_frequencies(spec: RopeSpec) -> np.ndarray:
     return frequencies / np.float32(spec.yarn.factor) * (np.float32(1) - smooth) + frequencies * smooth
 
 
+def rope_angles(positions: jax.Array, spec: RopeSpec) -> jax.Array:
+    """Radians float32 [..., dims/2] by which the pairs at ``positions`` (int32 [...]) are turned."""
+    return positions[..., None].astype(jnp.float32) * rope_frequencies(spec)
+
+
 def apply_rope(x: jax.Array, positions: jax.Array, spec: RopeSpec, *, inverse: bool = False) -> jax.Array:
     """Rotates the last ``spec.dims`` of x [..., c] by ``positions`` (int32, broadcastable to x.shape[:-1]).
 
     Pairs (2i, 2i+1) of the rotated part are complex numbers multiplied by exp(+-i * position * frequency_i);
     ``inverse`` takes the conjugate. Angles, sines and products are float32 whatever the dtype of x.
     """
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(spec)
+    angles = rope_angles(positions, spec)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if inverse:
         sin = -sin

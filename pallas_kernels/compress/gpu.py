@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.layer_spec import RopeSpec
-from deepseek_v4.rope import rope_frequencies
+from deepseek_v4.rope import rope_angles
+from pallas_kernels.compress.windows import beginnings, ending, unserved_types
 
 _ROWS = 32
 """Most rows at a time: with more, registers spill. The order of a sum depends on it."""
@@ -74,12 +75,8 @@ def unserved(
     ``compiled``: not interpreted.
     """
     width = kv.shape[2] // (2 if overlap else 1)
-    if kv.dtype != jnp.float32 or (kv_ring is not None and kv_ring.dtype != jnp.float32):
-        return f"projections are {kv.dtype}, expected float32"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"entries are {jnp.dtype(dtype)}, expected bfloat16 or float32"
-    if kv.size == 0:
-        return "there are no rows"
+    if reason := unserved_types(kv, kv_ring, dtype):
+        return reason
     if width % 2 or rope.dims > width:
         return f"{width} channels, {rope.dims} of them rotated"
     if compiled and width & (width - 1):
@@ -110,10 +107,8 @@ def compress(
     plan = Plan(length, ratio, overlap, width, rope.dims, norm_eps, jnp.dtype(dtype))
     windows = -(-length // ratio)
     start = start.astype(jnp.int32)
-    first = start // ratio
-    done = jnp.clip((start + lengths) // ratio - first, 0, windows).astype(jnp.int32)
-    positions = (first[:, None] + jnp.arange(windows)) * ratio
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope)
+    first, done = ending(start, lengths, ratio, windows)
+    angles = rope_angles(beginnings(first, ratio, windows), rope)
     operands = [jnp.asarray(layer, jnp.int32).reshape(1), start, done, jnp.cos(angles), jnp.sin(angles)]
     operands += [norm_weight.astype(jnp.float32), kv, score]
     operands += [] if kv_ring is None else [kv_ring, score_ring]

@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4.layer_spec import RopeSpec
-from deepseek_v4.rope import rope_frequencies
+from deepseek_v4.rope import rope_angles
 from pallas_kernels.compress.cost import kernel_bytes
+from pallas_kernels.compress.windows import beginnings, ending, unserved_types
 from pallas_kernels.targets import Chip, current_chip
 from pallas_kernels.tuned import tuned
 
@@ -149,12 +150,10 @@ def unserved(
 
     ``compiled``: not interpreted.
     """
-    batch, length, channels = kv.shape
+    length, channels = kv.shape[1:]
     pool_rows = ratio * (2 if overlap else 1)
-    if kv.dtype != jnp.float32 or (kv_ring is not None and kv_ring.dtype != jnp.float32):
-        return f"projections are {kv.dtype}, expected float32"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"entries are {jnp.dtype(dtype)}, expected bfloat16 or float32"
+    if reason := unserved_types(kv, kv_ring, dtype):
+        return reason
     if channels % (LANES * (2 if overlap else 1)) or rope.dims > LANES // 2:
         return (
             f"{channels} channels, {rope.dims} of them rotated: expected whole tiles of {LANES}, at most {LANES // 2}"
@@ -163,8 +162,8 @@ def unserved(
         return f"windows of {pool_rows} rows that overlap or are no multiple of {SUBLANES}"
     if compiled and kv_ring is not None and kv_ring.shape[2] % SUBLANES:
         return f"rings of {kv_ring.shape[2]} rows are no whole tiles of {SUBLANES}"
-    if batch * length == 0 or length > _MAX_LENGTH:
-        return f"{batch} sequences of {length} tokens, at most {_MAX_LENGTH}"
+    if length > _MAX_LENGTH:
+        return f"{length} tokens of a sequence, at most {_MAX_LENGTH}"
     return None
 
 
@@ -208,8 +207,8 @@ def compress(
         norm_eps=norm_eps,
         dtype=jnp.dtype(dtype),
     )
-    start, first = start.astype(jnp.int32), start.astype(jnp.int32) // ratio
-    done = jnp.clip((start + lengths) // ratio - first, 0, plan.windows)
+    start = start.astype(jnp.int32)
+    first, done = ending(start, lengths, ratio, plan.windows)
     slot = (start - plan.history) % max(1, plan.ring_rows)
     scalars = (jnp.asarray(layer, jnp.int32).reshape(1), start % ratio, first, done, slot)
     rings = () if kv_ring is None else (kv_ring, score_ring)
@@ -218,8 +217,7 @@ def compress(
 
 def _rotations(plan: Plan, first: jax.Array, rope: RopeSpec) -> jax.Array:
     """Cosines and signed sines of every entry's position as the lanes want them: [B, windows, 128]."""
-    positions = (first[:, None] + jnp.arange(plan.windows)) * plan.ratio
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope)
+    angles = rope_angles(beginnings(first, plan.ratio, plan.windows), rope)
     cos, sin = jnp.repeat(jnp.cos(angles), 2, axis=-1), jnp.sin(angles)
     signed = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)
     return jnp.pad(jnp.concatenate([cos, signed], axis=-1), ((0, 0), (0, 0), (LANES - 2 * rope.dims, 0)))

@@ -43,8 +43,7 @@ def index_topk(
     together, each for a share of the queries or rows; where neither divides, the twin adds partial scores before
     anything is compared. ``keys_over`` names those that split the keys: ``keys`` are then this device's range of them,
     the others' follow in the order of the mesh; counts and what is returned number them all, and the result is that of
-    unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``, and ``KeyColumns`` only those for TPUs. There is no
-    gradient. Source: paper eq. 13-17.
+    unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``. There is no gradient. Source: paper eq. 13-17.
     """
     function = choose("index_topk", _IMPLEMENTATIONS, implementation, unserved_by(q, keys, k, first_entries))
     split: dict[str, Any] = {"sum_over": sum_over, "keys_over": keys_over}
