@@ -77,6 +77,8 @@ def unserved(
     width = kv.shape[2] // (2 if overlap else 1)
     if reason := unserved_types(kv, kv_ring, dtype):
         return reason
+    if kv.size == 0:
+        return "there are no rows"
     if width % 2 or rope.dims > width:
         return f"{width} channels, {rope.dims} of them rotated"
     if compiled and width & (width - 1):

@@ -150,7 +150,7 @@ def unserved(
 
     ``compiled``: not interpreted.
     """
-    length, channels = kv.shape[1:]
+    batch, length, channels = kv.shape
     pool_rows = ratio * (2 if overlap else 1)
     if reason := unserved_types(kv, kv_ring, dtype):
         return reason
@@ -162,8 +162,8 @@ def unserved(
         return f"windows of {pool_rows} rows that overlap or are no multiple of {SUBLANES}"
     if compiled and kv_ring is not None and kv_ring.shape[2] % SUBLANES:
         return f"rings of {kv_ring.shape[2]} rows are no whole tiles of {SUBLANES}"
-    if length > _MAX_LENGTH:
-        return f"{length} tokens of a sequence, at most {_MAX_LENGTH}"
+    if batch * length == 0 or length > _MAX_LENGTH:
+        return f"{batch} sequences of {length} tokens, at most {_MAX_LENGTH}"
     return None
 
 

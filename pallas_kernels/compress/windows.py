@@ -10,8 +10,6 @@ def unserved_types(kv: jax.Array, kv_ring: jax.Array | None, dtype: jax.typing.D
         return f"projections are {kv.dtype}, expected float32"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"entries are {jnp.dtype(dtype)}, expected bfloat16 or float32"
-    if kv.size == 0:
-        return "there are no rows"
     return None
 
 
