@@ -333,8 +333,8 @@ class Model:
         specs = self.shell_specs()
         around = self._rounded(specs, params["shell"])
         whole = [name for name in around if not (tables_cut and name in ("embed", "head"))]
-        around |= self._gathered({name: specs[name] for name in whole}, {name: around[name] for name in whole})
-        return nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), around)
+        gathered = self._gathered({name: specs[name] for name in whole}, {name: around[name] for name in whole})
+        return nnx.merge(nnx.graphdef(shell_module(self.config, self.storage)), {**around, **gathered})
 
     def _embedded(self, shell: Any, ids: jax.Array) -> jax.Array:
         """Embeddings [B, S, d] by a table that is not cut."""

@@ -17,6 +17,7 @@ from deepseek_v4.nn.linear import Linear
 from deepseek_v4.nn.variables import RELEASED, RELEASED_BASE
 from deepseek_v4.parameters import flatten
 from deepseek_v4.planning.program import collectives
+from deepseek_v4.positions import Training
 from deepseek_v4.sharding import check_placement, parse_mesh
 
 # One layer of every kind, both routers; sizes divide over every mesh below in whole scale blocks.
@@ -75,6 +76,23 @@ def test_meshes_agree_with_one_device(small, expected, mesh):
     for ours, theirs in zip(run(model, params), expected, strict=True):
         # Shards add partial sums in another order: a few float32 roundings of logits of order one.
         np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=0)
+
+
+def test_parameters_stay_as_given():
+    """Weights that are cut are gathered into new dicts, not the caller's: a scan around the call would keep tracers."""
+    where = dataclasses.replace(placement("data=2,expert=4"), rules=Rules.expert_parallel(fsdp=True))
+    model = Model(CONFIG, RELEASED, Execution(placement=where))
+
+    def steps(params, tokens, lengths, cache):
+        given = jax.tree.leaves(params)
+        cache = model.forward(params, tokens[:, None], cache, draft=True).cache
+        model.draft_step(params, tokens, model.last_streams(cache), cache["position"], lengths, cache)
+        model.hidden(params, tokens[:, None], training=Training(jnp.ones((8, 1), bool)), draft=True)
+        model.vocabulary(params)
+        assert all(now is before for now, before in zip(jax.tree.leaves(params), given, strict=True))
+
+    row = jax.ShapeDtypeStruct((8,), jnp.int32)
+    jax.eval_shape(steps, model.abstract_params(), row, row, model.abstract_cache(8, 512, 4))
 
 
 def test_decode_moves_only_what_it_must():
