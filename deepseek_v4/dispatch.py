@@ -9,7 +9,7 @@ are added where it lives, in their order.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,6 +25,9 @@ MOST_ROWS = 16384
 """Rows that a device receives at a time, at most: enough for weights to be read far faster than they are used."""
 
 Form = Literal["gather", "dispatch"]
+
+Precision = Literal["exact", "fp8", "fp8-bfloat16"]
+"""What dispatched rows are rounded to on their way: see ``EXCHANGES``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +49,31 @@ class Exchange:
         """The form for a group of so many tokens."""
         return self.form or ("gather" if tokens <= MOST_GATHERED else "dispatch")
 
+    def sent_bytes(self, width: int) -> int:
+        """Bytes of a dispatched row of bfloat16 activations."""
+        return 2 * width if self.sent == "activations" else width + -(-width // ACTIVATION_BLOCK)
+
+    def returned_bytes(self, width: int) -> int:
+        """Bytes of a row that comes back."""
+        return width * jnp.dtype(self.returned).itemsize
+
 
 BY_SIZE = Exchange()
 """Chosen by size, and nothing rounded."""
+
+EXCHANGES: Mapping[Precision, Exchange] = {
+    "exact": BY_SIZE,
+    "fp8": Exchange(sent="fp8"),
+    "fp8-bfloat16": Exchange(sent="fp8", returned="bfloat16"),
+}
+"""The exchanges that scripts offer. Few tokens, which are gathered, are rounded by none of them."""
+
+
+def exchange_of(precision: Precision, expert_parallel: bool) -> Exchange:
+    """The exchange of a precision; raises ``ValueError`` where rows would be rounded that do not travel."""
+    if precision != "exact" and not expert_parallel:
+        raise ValueError(f"expert precision {precision!r}: no rows travel to experts without expert-parallel")
+    return EXCHANGES[precision]
 
 
 def ragged_all_to_all(

@@ -7,14 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from deepseek_v4.checkpoint import open_checkpoint
 from deepseek_v4.config import Config
+from deepseek_v4.dispatch import Precision, exchange_of
 from deepseek_v4.execution import SIMULATIONS, Execution
 from deepseek_v4.model import Model, Params
 from deepseek_v4.nn.variables import Storage
-from deepseek_v4.sharding import MeshError, Placement, Rules, check_placement, describe_mesh, make_mesh
+from deepseek_v4.sharding import MeshError, Placement, check_placement, describe_mesh, make_mesh
 from deepseek_v4.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallelism:
+    """Options of scripts: how a model is split over devices."""
+
+    mesh: str | None = None
+    """For example data=1,expert=4,tensor=2. Default: all devices, most of them along expert, some along tensor."""
+    expert_parallel: bool = False
+    """Split the sequences over the expert axis too: attention is not repeated there, tokens travel to their experts."""
+    expert_precision: Precision = "exact"
+    """With --expert-parallel: fp8 sends tokens in FP8, as experts take them with --simulate activations; fp8-bfloat16
+    gets bfloat16 results back instead of float32. Tokens of a group that are few are gathered, and sent as they are."""
+
+    def place(self, mesh: Mesh) -> Placement:
+        """These options on a mesh; raises ``ValueError`` for those that contradict each other."""
+        return Placement.of(mesh, expert_parallel=self.expert_parallel, expert_precision=self.expert_precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +97,14 @@ def parse_simulations(text: str) -> frozenset[str]:
 
 
 def choose_placement(
-    mesh: str | None,
-    config: Config,
-    storage: Storage,
-    simulate: frozenset[str] = frozenset(),
-    expert_parallel: bool = False,
+    parallelism: Parallelism, config: Config, storage: Storage, simulate: frozenset[str] = frozenset()
 ) -> Placement | None:
-    """The placement that ``mesh`` names, or ``default_placement`` if it is None; with the batch over experts' axis."""
-    if mesh is not None:
-        placement: Placement | None = Placement(make_mesh(mesh))
-    else:
-        placement = default_placement(config, storage, jax.devices(), simulate)
-    if placement is None or not expert_parallel:
-        return placement
-    return dataclasses.replace(placement, rules=Rules.expert_parallel())
+    """The placement of these options, on the mesh of ``default_placement`` where they name none; None: one device."""
+    exchange_of(parallelism.expert_precision, parallelism.expert_parallel)
+    if parallelism.mesh is not None:
+        return parallelism.place(make_mesh(parallelism.mesh))
+    placement = default_placement(config, storage, jax.devices(), simulate)
+    return None if placement is None else parallelism.place(placement.mesh)
 
 
 def default_placement(
@@ -130,8 +143,7 @@ def open_model(
     *,
     dtype: str = "bfloat16",
     simulate: str = "",
-    mesh: str | None = None,
-    expert_parallel: bool = False,
+    parallelism: Parallelism = Parallelism(),
     implementation: str | None = None,
 ) -> Loaded:
     """Opens a Hugging Face or Orbax directory and decides where and how it runs (see ``Execution``).
@@ -141,7 +153,7 @@ def open_model(
     """
     execution = Execution(dtype, parse_simulations(simulate), implementation=implementation)
     opened = open_checkpoint(checkpoint)
-    placement = choose_placement(mesh, opened.config, opened.storage, execution.simulate, expert_parallel)
+    placement = choose_placement(parallelism, opened.config, opened.storage, execution.simulate)
     model = Model(opened.config, opened.storage, dataclasses.replace(execution, placement=placement))
     tokenizer = None if opened.tokenizer_path is None else Tokenizer.from_file(opened.tokenizer_path)
     return Loaded(model, tokenizer, opened)

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_v4.config import Config
-from deepseek_v4.dispatch import BY_SIZE, Dispatch, Exchange
+from deepseek_v4.dispatch import BY_SIZE, Dispatch, Exchange, Precision, exchange_of
 from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK, as_bytes, from_bytes
 from deepseek_v4.nn.variables import Storage
 from deepseek_v4.relayout import ExpertShards, gather_weight, mesh_names, move, narrower
@@ -126,6 +126,16 @@ class Placement:
     mesh: Mesh
     rules: Rules = Rules()
     exchange: Exchange = BY_SIZE
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh, *, expert_parallel: bool = False, expert_precision: Precision = "exact", fsdp: bool = False
+    ) -> "Placement":
+        """What the options of scripts mean; raises ``ValueError`` for a precision of rows that do not travel."""
+        exchange = exchange_of(expert_precision, expert_parallel)
+        if expert_parallel:
+            return cls(mesh, Rules.expert_parallel(fsdp), exchange)
+        return cls(mesh, Rules(fsdp=Rules().batch if fsdp else ()), exchange)
 
     @property
     def platform(self) -> str:

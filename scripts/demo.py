@@ -23,7 +23,7 @@ from deepseek_v4.default_model import write_default
 from deepseek_v4.engine import Engine, Pool, Request
 from deepseek_v4.engine.scheduling import round_up
 from deepseek_v4.layer_spec import layer_specs
-from deepseek_v4.loading import open_model, simulate_devices
+from deepseek_v4.loading import Parallelism, open_model, simulate_devices
 from deepseek_v4.requests import text_prompt
 
 
@@ -87,7 +87,7 @@ def _run(args: Arguments, directory: Path, console: Console) -> None:
     to_orbax(source, orbax)
     step(f"2. converted {len(source.tensors)} tensors to Orbax, bytes unchanged")
 
-    loaded = open_model(orbax, mesh=args.mesh)
+    loaded = open_model(orbax, parallelism=Parallelism(args.mesh))
     params = jax.block_until_ready(loaded.restore())
     specs = layer_specs(loaded.model.config)
     kinds = ", ".join(f"{spec.kind}{' (hash-routed)' if spec.hash_router else ''}" for spec in specs)

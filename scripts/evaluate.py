@@ -32,7 +32,7 @@ from rich.table import Table
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.data import Batch, DataConfig, Dataset, open_data
 from deepseek_v4.distributed import Processes, batch_share, is_main, place_rows, start
-from deepseek_v4.loading import open_model, simulate_devices
+from deepseek_v4.loading import Parallelism, open_model, simulate_devices
 from deepseek_v4.model import Model
 from deepseek_v4.tokenizer import Tokenizer
 from deepseek_v4.training.checkpoints import Checkpoints
@@ -68,8 +68,7 @@ class Arguments:
     """Whether a document that cannot be used stops everything or is counted and left out."""
     limit_batches: int | None = None
     """Batches to evaluate. Default: all."""
-    mesh: str | None = None
-    """For example data=1,expert=4,tensor=2. Default: all devices, most of them along expert, some along tensor."""
+    parallelism: tyro.conf.OmitArgPrefixes[Parallelism] = dataclasses.field(default_factory=Parallelism)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of activations; of a training run, its own."""
     simulate: str = ""
@@ -148,12 +147,17 @@ def _documents(args: Arguments) -> DataConfig:
 
 def _open_checkpoint(args: Arguments) -> _Opened:
     loaded = open_model(
-        args.checkpoint, dtype=args.dtype, simulate=args.simulate, mesh=args.mesh, implementation=args.implementation
+        args.checkpoint,
+        dtype=args.dtype,
+        simulate=args.simulate,
+        parallelism=args.parallelism,
+        implementation=args.implementation,
     )
     model, placement = loaded.model, loaded.model.execution.placement
     if placement is not None and args.batch_size % placement.size("batch"):
         raise ValueError(
-            f"--batch-size: expected a multiple of data={placement.size('batch')}, found {args.batch_size}"
+            f"--batch-size: expected a multiple of {'*'.join(placement.rules.batch)}={placement.size('batch')}, "
+            f"found {args.batch_size}"
         )
     config = model.config
     data = open_data(
@@ -180,9 +184,8 @@ def _open_run(args: Arguments) -> _Opened:
         eval_every=0,
         accumulate=1,
         anticipate=0,
-        mesh=args.mesh,
         fsdp=False,
-        expert_parallel=False,
+        **dataclasses.asdict(args.parallelism),
     )
     run = open_run(config, one_pass=True)
     program = run.program(newest)

@@ -45,7 +45,7 @@ from deepseek_v4.engine.processes import Interruption
 from deepseek_v4.engine.scheduling import round_up
 from deepseek_v4.engine.session import Session, Task, read_tasks
 from deepseek_v4.engine.state import cache_growth
-from deepseek_v4.loading import Loaded, open_model, simulate_devices
+from deepseek_v4.loading import Loaded, Parallelism, open_model, simulate_devices
 from deepseek_v4.planning.pods import with_pod
 from deepseek_v4.requests import Prompt, RequestError, check_context, parse_line, text_prompt
 from deepseek_v4.sampling import check_sampling
@@ -86,10 +86,7 @@ class Arguments:
     """Log-probabilities of the new tokens and of this many alternatives each."""
     drafts: int = 0
     """Tokens to propose per step with the checkpoint's MTP block; the output stays what it would be without."""
-    mesh: str | None = None
-    """For example data=1,expert=4,tensor=2. Default: all devices, most of them along expert, some along tensor."""
-    expert_parallel: bool = False
-    """Split the sequences over the expert axis too: attention is not repeated there, tokens travel to their experts."""
+    parallelism: tyro.conf.OmitArgPrefixes[Parallelism] = dataclasses.field(default_factory=Parallelism)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of activations."""
     simulate: str = ""
@@ -160,8 +157,7 @@ def _open(args: Arguments) -> tuple[Loaded, int]:
         args.checkpoint,
         dtype=args.dtype,
         simulate=args.simulate,
-        mesh=args.mesh,
-        expert_parallel=args.expert_parallel,
+        parallelism=args.parallelism,
         implementation=args.implementation,
     )
     if args.cache == "published":
@@ -197,7 +193,7 @@ def _engine(args: Arguments, loaded: Loaded, requests: Sequence[Request], consol
             chunk,
             int(args.prefix_gib * 2**30) or 2**30,
             directory=args.prefix_dir,
-            fingerprint=f"{_fingerprint(args.checkpoint)} drafts={args.drafts}",
+            fingerprint=f"{_fingerprint(args.checkpoint)} drafts={args.drafts} {args.parallelism.expert_precision}",
         )
     pools = _pools(args, requests)
     check_fits(loaded.model, pools, args.drafts, device_limit())
@@ -317,6 +313,7 @@ def _run_file(args: Arguments, console: Console) -> int:
         "dtype": args.dtype,
         "simulate": ",".join(sorted(loaded.model.execution.simulate)),
         "cache": args.cache,
+        "expert_precision": args.parallelism.expert_precision,
         "drafts": args.drafts,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in _settings(args).items()},
     }

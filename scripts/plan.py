@@ -24,6 +24,7 @@ import tyro
 from rich.console import Console
 
 from deepseek_v4.config import Config, ConfigError
+from deepseek_v4.dispatch import Precision, exchange_of
 from deepseek_v4.planning import report
 from deepseek_v4.planning.planner import Plan, Search, advice_lines, advise, explain, plan, search
 from deepseek_v4.planning.pods import pod_file
@@ -59,6 +60,8 @@ class Arguments:
     """For example data=2,expert=8,tensor=4. Default: the best."""
     expert_parallel: bool = False
     """With --mesh: split the batch over the expert axis too, tokens travel to their experts. A search tries both."""
+    expert_precision: Precision = "exact"
+    """Of tokens that travel: fp8 sends them in FP8, fp8-bfloat16 also gets bfloat16 results back and not float32."""
     search: bool = False
     """Print the legal meshes, best first, and why the first is first."""
     cache: Literal["bf16", "fp8"] = "bf16"
@@ -97,7 +100,15 @@ def run(args: Arguments, console: Console) -> int:
     config = _config(args.model)
     topology = parse_topology(args.topology)
     work = Workload(
-        args.workload, args.batch, args.context, args.chunk, args.draft, args.rollback, args.lora, args.cache
+        args.workload,
+        args.batch,
+        args.context,
+        args.chunk,
+        args.draft,
+        args.rollback,
+        args.lora,
+        args.cache,
+        args.expert_precision,
     )
     found = _search(args, config, topology, work)
     best = found.best
@@ -136,6 +147,7 @@ def _config(name: str) -> Config:
 def _search(args: Arguments, config: Config, topology: Topology, work: Workload) -> Search:
     if args.mesh is None:
         return search(config, topology, work)
+    exchange_of(work.expert_precision, args.expert_parallel)
     return Search((plan(Setting.of(config, topology, parse_mesh(args.mesh), work, args.expert_parallel)),), ())
 
 

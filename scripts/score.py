@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deepseek_v4.loading import open_model, simulate_devices
+from deepseek_v4.loading import Parallelism, open_model, simulate_devices
 from deepseek_v4.requests import RequestError, check_context, parse_line, read_lines
 from deepseek_v4.scoring import score
 
@@ -40,8 +40,7 @@ class Arguments:
     """NumPy archive (.npz) to write."""
     mtp: bool = False
     """Also the logits of the MTP block."""
-    mesh: str | None = None
-    """For example data=1,expert=4,tensor=2. Default: all devices, most of them along expert, some along tensor."""
+    parallelism: tyro.conf.OmitArgPrefixes[Parallelism] = dataclasses.field(default_factory=Parallelism)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of activations."""
     simulate: str = ""
@@ -87,7 +86,7 @@ def _run(args: Arguments, console: Console) -> None:
         args.checkpoint,
         dtype=args.dtype,
         simulate=args.simulate,
-        mesh=args.mesh,
+        parallelism=args.parallelism,
         implementation=args.implementation,
     )
     config = loaded.model.config

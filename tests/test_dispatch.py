@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from small_models import compiled
 
 from deepseek_v4 import MeshError, Placement, Rules, make_mesh
-from deepseek_v4.dispatch import MOST_GATHERED, Exchange, ragged_all_to_all
+from deepseek_v4.dispatch import MOST_GATHERED, Exchange, exchange_of, ragged_all_to_all
 from deepseek_v4.formats import simulate_fp8
 from pallas_kernels.grouped_matmul import expert_mlp
 
@@ -102,6 +102,27 @@ def test_rows_sent_in_fp8_are_those_that_are_simulated():
     # Each of the three results of a token is rounded to 8 bits.
     atol = CHOICES * 2**-8 * float(jnp.abs(expected).max())
     np.testing.assert_allclose(rounded(x, ids, routing, weights), expected, rtol=0, atol=atol)
+
+
+def test_gradients_of_rows_sent_in_fp8_are_those_of_simulated_rows():
+    x, ids, routing, weights = inputs(dtype=jnp.bfloat16)
+
+    def gradient(placement, x):
+        def loss(x, routing, weights):
+            return jnp.sum(jnp.sin(run(placement, x, ids, routing, weights)))
+
+        return compiled(jax.grad(loss, argnums=(0, 1, 2)))(x, routing, weights)
+
+    expected = gradient(placed(form="dispatch"), simulate_fp8(x, 128))
+    found = gradient(placed(form="dispatch", sent="fp8"), x)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_precisions_of_rows_that_do_not_travel_are_refused():
+    assert exchange_of("exact", False) == Exchange()
+    assert exchange_of("fp8-bfloat16", True) == Exchange(sent="fp8", returned="bfloat16")
+    with pytest.raises(ValueError, match="no rows travel"):
+        exchange_of("fp8", False)
 
 
 def test_the_twin_of_the_ragged_exchange_moves_what_it_says():

@@ -224,9 +224,9 @@ def _training_working(setting: Setting) -> dict[str, int]:
     computed again in the backward pass, one at a time (``remat.in_turn``), and of the layers before it only the input
     streams are there. Float32 gradients of a layer's experts are whole until they are scattered. Of attention there are
     queries in float32, in which they are normed, and in bfloat16 as rotated queries, in blocks, and outputs. Rows that
-    travel and their gradients are there as they were sorted and as the exchange takes them (8 bytes per number),
-    results come back in float32; a round has both as they arrived, in two layouts, and their gradients twice in
-    float32. Embedding, head and the optimizer take turns with this, and less.
+    travel and their gradients are there as they were sorted and as the exchange takes them (in bfloat16 8 bytes per
+    number), beside results that come back; a round has both as they arrived, in two layouts, and their gradients twice
+    in float32. Embedding, head and the optimizer take turns with this, and less.
     """
     config, work, placement = setting.config, setting.workload, setting.placement
     tokens = setting.rows * work.tokens
@@ -245,7 +245,8 @@ def _training_working(setting: Setting) -> dict[str, int]:
     form, group = setting.exchange
     if form == "dispatch":
         rows = min(placement.exchange.rows, group * tokens * choices)
-        moved = tokens * choices * d * (8 + 4) + rows * d * (2 * 2 * 2 + 2 * 4)
+        sent, returned = placement.exchange.sent_bytes(d), placement.exchange.returned_bytes(d)
+        moved = tokens * choices * (2 * (sent + 2 * d) + returned) + rows * d * (2 * 2 * 2 + 2 * 4)
     else:
         moved = 2 * group * tokens * choices * (d * 6 + 3 * width * 4)
     return {

@@ -85,7 +85,7 @@ def check(setting: Setting) -> None:
         raise WorkloadError(f"context {work.context:,} is beyond the model's {limit:,} tokens")
     parts = setting.placement.size("batch")
     if work.batch % parts:
-        axes = "*".join(setting.rules.batch)
+        axes = "*".join(setting.placement.rules.batch)
         raise WorkloadError(f"batch {work.batch} does not divide over {axes} = {parts}")
     setting.model()
     if work.phase == "train" and (split := setting.placement.mesh_axes("entries")):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_v4.planning.planner import Plan
+from deepseek_v4.planning.workload import Setting
 
 OPTION = "--pod"
 """What a script is given a pod file with."""
@@ -31,8 +32,7 @@ def pod_file(model: str, plan: Plan) -> dict[str, Any]:
         }
         if work.lora is not None:
             options["train"]["lora.rank"] = work.lora
-        if setting.expert_parallel:
-            options["train"]["expert-parallel"] = True
+        options["train"] |= _travel(setting)
     else:
         options["generate"] = {
             "mesh": setting.mesh_text,
@@ -42,8 +42,7 @@ def pod_file(model: str, plan: Plan) -> dict[str, Any]:
         }
         if work.cache == "fp8":
             options["generate"]["cache"] = "published"
-        if setting.expert_parallel:
-            options["generate"]["expert-parallel"] = True
+        options["generate"] |= _travel(setting)
     return {
         "model": model,
         "topology": setting.topology.name,
@@ -57,6 +56,13 @@ def pod_file(model: str, plan: Plan) -> dict[str, Any]:
             "least_seconds_per_step": plan.seconds,
         },
     }
+
+
+def _travel(setting: Setting) -> dict[str, Any]:
+    if not setting.expert_parallel:
+        return {}
+    precision = setting.workload.expert_precision
+    return {"expert-parallel": True} | ({} if precision == "exact" else {"expert-precision": precision})
 
 
 def with_pod(arguments: Sequence[str], script: str) -> list[str]:

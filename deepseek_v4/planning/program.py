@@ -62,7 +62,7 @@ def compile_setting(setting: Setting) -> Compiled:
     Raises what the compiler raises: a TPU program that does not fit is an error that says by how much.
     """
     devices = abstract_devices(setting.topology.chip_name, setting.topology.grid)
-    placement = Placement(make_mesh(setting.sizes, devices), setting.rules)
+    placement = setting.place(make_mesh(setting.sizes, devices))
     begin = time.perf_counter()
     with jax.set_mesh(placement.mesh):
         compiled = lower_step(setting, placement).compile()

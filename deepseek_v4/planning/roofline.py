@@ -266,7 +266,10 @@ def _experts(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], to
 
 
 def _travel(setting: Setting, tokens: int) -> Iterator[Part]:
-    """Tokens to their experts, where they are elsewhere, and float32 sums back; sums over the shards of an expert."""
+    """Tokens to their experts, where they are elsewhere, and what these say back; sums over the shards of an expert.
+
+    Dispatched rows have the bytes of the ``dispatch.Exchange``; in training their gradients travel too, as they are.
+    """
     d, choices = setting.config.hidden_size, setting.config.num_experts_per_tok
     form, group = setting.exchange
     if form == "gather":
@@ -274,9 +277,12 @@ def _travel(setting: Setting, tokens: int) -> Iterator[Part]:
         sums = _exchange(setting, "reduce-scatter", "experts", 4 * group * tokens * d)
         yield Part("expert outputs", exchange=sums)
     elif form == "dispatch":
-        for name, size in (("tokens to experts", 2), ("expert outputs", 4)):
-            exchange = _exchange(setting, "ragged-all-to-all", "experts", size * tokens * choices * d)
-            yield Part(name, exchange=exchange)
+        moved, kind = setting.placement.exchange, "ragged-all-to-all"
+        for name, size in (("tokens to experts", moved.sent_bytes(d)), ("expert outputs", moved.returned_bytes(d))):
+            yield Part(name, exchange=_exchange(setting, kind, "experts", tokens * choices * size))
+        if setting.workload.phase == "train":
+            size = tokens * choices * d * _activation_bytes()
+            yield Part("expert gradients", exchange=Exchange(kind, setting.placement.mesh_axes("experts"), size))
     name, over = ("expert outputs", ("experts", "expert_width")) if form is None else ("expert sums", "expert_width")
     kind = "all-reduce" if setting.placement.token_shards(setting.workload.tokens) == 1 else "reduce-scatter"
     yield Part(name, exchange=_exchange(setting, kind, over, 4 * tokens * d))

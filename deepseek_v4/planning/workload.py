@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from deepseek_v4.adapters import LoRA
 from deepseek_v4.config import Config
-from deepseek_v4.dispatch import Form
+from deepseek_v4.dispatch import Form, Precision
 from deepseek_v4.execution import Execution
 from deepseek_v4.layer_spec import LayerSpec, layer_specs
 from deepseek_v4.model import Model
 from deepseek_v4.nn.variables import MASTER, RELEASED, Storage
 from deepseek_v4.parameters import ParameterSpec
 from deepseek_v4.planning.topology import Topology
-from deepseek_v4.sharding import MESH_AXES, Placement, Rules, axes_of
+from deepseek_v4.sharding import MESH_AXES, Placement, axes_of
 
 if TYPE_CHECKING:
     from deepseek_v4.training.step import Program
@@ -42,7 +42,8 @@ class Workload:
     the length of a training sequence. A ``decode`` call runs one token of every sequence at the end of its context, a
     ``prefill`` call ``chunk`` tokens of every sequence; with ``draft`` the MTP block runs too, and ``rollback`` tokens
     of every cache can be taken back. ``train`` keeps float32 masters with the state of Muon and AdamW, or with ``lora``
-    the released weights and adapters of that rank. ``cache`` "fp8" keeps rows and index keys as the release does.
+    the released weights and adapters of that rank. ``cache`` "fp8" keeps rows and index keys as the release does;
+    ``expert_precision`` is that of rows which travel to experts, on meshes where they do.
     """
 
     phase: Phase
@@ -53,6 +54,7 @@ class Workload:
     rollback: int = 4
     lora: int | None = None
     cache: Literal["bf16", "fp8"] = "bf16"
+    expert_precision: Precision = "exact"
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "chunk"):
@@ -154,15 +156,16 @@ class Setting:
     def placement(self) -> Placement:
         """The mesh without devices: enough for layouts and bytes."""
         mesh: Any = AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
-        return Placement(mesh, self.rules)
+        return self.place(mesh)
 
-    @property
-    def rules(self) -> Rules:
-        """Where logical axes go: training cuts what it stores over the batch's axes too."""
-        train = self.workload.phase == "train"
-        if self.expert_parallel:
-            return Rules.expert_parallel(fsdp=train)
-        return Rules(fsdp=Rules().batch) if train else Rules()
+    def place(self, mesh: Mesh) -> Placement:
+        """The setting on a mesh: training cuts what it stores over the batch's axes too."""
+        return Placement.of(
+            mesh,
+            expert_parallel=self.expert_parallel,
+            expert_precision=self.workload.expert_precision if self.expert_parallel else "exact",
+            fsdp=self.workload.phase == "train",
+        )
 
     def model(self, placement: Placement | None = None) -> Model:
         """The model as it runs there; raises ``MeshError`` where the mesh does not fit it."""

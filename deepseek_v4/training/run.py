@@ -17,7 +17,7 @@ from deepseek_v4.distributed import batch_share
 from deepseek_v4.execution import Execution
 from deepseek_v4.model import Model, Params
 from deepseek_v4.nn.variables import MASTER
-from deepseek_v4.sharding import MeshError, Placement, Rules, make_mesh
+from deepseek_v4.sharding import MeshError, Placement, make_mesh
 from deepseek_v4.tokenizer import Tokenizer
 from deepseek_v4.training import lora
 from deepseek_v4.training.checkpoints import Checkpoints
@@ -176,8 +176,12 @@ def _placement(config: TrainConfig) -> Placement | None:
     if config.mesh is None and jax.device_count() == 1:
         return None
     mesh = make_mesh(config.mesh if config.mesh is not None else {"data": jax.device_count()})
-    rules = Rules(fsdp=("data",)) if config.fsdp else Rules()
-    placement = Placement(mesh, Rules.expert_parallel(config.fsdp) if config.expert_parallel else rules)
+    placement = Placement.of(
+        mesh,
+        expert_parallel=config.expert_parallel,
+        expert_precision=config.expert_precision,
+        fsdp=config.fsdp,
+    )
     rows, pieces = config.data.batch_size, placement.size("batch") * config.accumulate
     if rows % pieces:
         raise MeshError(

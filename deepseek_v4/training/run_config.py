@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from deepseek_v4.adapters import LoRA
 from deepseek_v4.data import DataConfig
+from deepseek_v4.dispatch import Precision
 from deepseek_v4.execution import SIMULATIONS
 from deepseek_v4.nn.variables import RELEASED, Storage
 from deepseek_v4.training.optimizer import OptimizerConfig
@@ -68,6 +69,9 @@ class TrainConfig:
     """Split parameters and optimizer state over the axes of the batch too, and gather them layer by layer."""
     expert_parallel: bool = False
     """Split the batch over the expert axis too: attention is not repeated there, tokens travel to their experts."""
+    expert_precision: Precision = "exact"
+    """With expert_parallel: fp8 sends tokens in FP8, and gradients of what experts say in the arithmetic's dtype;
+    fp8-bfloat16 gets bfloat16 results back instead of float32. Few tokens of a group are sent as they are."""
     accumulate: int = 1
     """Pieces that a batch is run in, one after the other, to save memory."""
     remat: Literal["none", "experts", "full"] = "none"
@@ -134,6 +138,10 @@ class TrainConfig:
             raise ConfigurationError(f"optimizer.total_steps: expected at least 1, found {self.total_steps}")
         if self.max_loss_increase is not None and not self.max_loss_increase > 0:
             raise ConfigurationError(f"max_loss_increase: expected above 0 nats, found {self.max_loss_increase}")
+        if self.expert_precision != "exact" and not self.expert_parallel:
+            raise ConfigurationError(
+                f"expert_precision: {self.expert_precision!r} is for rows that travel; set expert_parallel"
+            )
         if self.mode == "qat" and not self.quantise_from < self.total_steps:
             raise ConfigurationError(
                 f"quantise_from: expected a step below {self.total_steps}, the end of the run, found "
@@ -237,7 +245,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 def differences(saved: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
     """What differs between the ``to_json`` of a run so far and ``config``: what would alter the run, and what merely
     rounds differently. One line each."""
-    before, now = _flatten(saved), _flatten(to_json(config))
+    before, now = (_flatten(to_json(one)) for one in (from_json(saved), config))
     lines: tuple[list[str], list[str]] = ([], [])
     for name in sorted(before.keys() | now.keys()):
         field = name.partition(".")[0]

@@ -133,6 +133,14 @@ def test_tokens_that_travel_are_counted_in_closed_form():
         assert many[name].limit == "ragged-all-to-all over expert (NVLink)"
         sent = size * 4096 * choices * d * 7 / 8
         assert many[name].seconds == pytest.approx(sent / chip.link_bandwidth + HOP_SECONDS)
+    # In FP8 with a byte of scale per 128, and back in bfloat16; tokens that are gathered stay as they are.
+    assert of(Workload("decode", 8, 1 << 17, expert_precision="fp8-bfloat16")) == few
+    rounded = of(Workload("prefill", 8, 4096, chunk=4096, expert_precision="fp8-bfloat16"))
+    for name, size in (("tokens to experts", 129 / 128), ("expert outputs", 2)):
+        sent = size * 4096 * choices * d * 7 / 8
+        assert rounded[name].seconds == pytest.approx(sent / chip.link_bandwidth + HOP_SECONDS)
+    rows = of(Workload("prefill", 8, 4096, chunk=4096, expert_precision="fp8"))
+    assert (rows["tokens to experts"], rows["expert outputs"]) == (rounded["tokens to experts"], many["expert outputs"])
 
 
 def test_more_tokens_move_the_limit_from_memory_to_arithmetic():
@@ -269,6 +277,11 @@ def test_pod_files_give_scripts_their_options(tmp_path):
     assert with_pod(given, "generate") == [*expected, "--checkpoint", "x", "--batch-size", "4"]
     assert with_pod([f"--pod={path}"], "generate") == expected
     assert with_pod(["--batch-size", "4"], "generate") == ["--batch-size", "4"]
+    exchanged = dataclasses.replace(decode.setting.workload, expert_precision="fp8")
+    for travel, options in ((False, {}), (True, {"expert-parallel": True, "expert-precision": "fp8"})):
+        case = dataclasses.replace(decode.setting, workload=exchanged, expert_parallel=travel)
+        written = pod_file("flash", plan(case))["options"]["generate"]
+        assert {name: value for name, value in written.items() if name.startswith("expert")} == options
     with pytest.raises(PodFileError, match="generate, not for train"):
         with_pod(["--pod", str(path)], "train")
     with pytest.raises(PodFileError, match="no such file"):

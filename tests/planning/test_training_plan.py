@@ -13,7 +13,7 @@ from deepseek_v4 import Config
 from deepseek_v4.planning.memory import memory, trained_specs
 from deepseek_v4.planning.program import step_arguments
 from deepseek_v4.planning.roofline import stages
-from deepseek_v4.planning.topology import parse_topology
+from deepseek_v4.planning.topology import HOP_SECONDS, parse_topology
 from deepseek_v4.planning.workload import Setting, Workload
 from deepseek_v4.sharding import parse_mesh
 from pallas_kernels.targets import CHIPS
@@ -63,6 +63,23 @@ def test_weights_are_gathered_twice_and_gradients_scattered_once():
     assert parts["weights"].seconds == pytest.approx(2 * moved * seven_eighths, rel=1e-2, abs=2e-6)
     scattered = sum(math.prod(s.shape) * 4 for s in cut)
     assert parts["gradients"].seconds == pytest.approx(scattered * seven_eighths, rel=1e-2, abs=2e-6)
+
+
+def test_rows_that_travel_pass_three_times_and_their_gradients_once():
+    chip, d, choices, tokens = CHIPS["h200"], SMALL.hidden_size, SMALL.num_experts_per_tok, 2048
+
+    def parts(precision):
+        work = Workload("train", 8, tokens, expert_precision=precision)
+        case = dataclasses.replace(setting("h200:8", "data=4,expert=2", work), expert_parallel=True)
+        return {part.name: part for stage in stages(case) if stage.name == "HCA" for part in stage.parts}
+
+    sizes = {"exact": (2, 4), "fp8-bfloat16": (1 + 1 / 128, 2)}
+    for precision, (sent, returned) in sizes.items():
+        found = parts(precision)
+        moved = {"tokens to experts": 3 * sent, "expert outputs": 3 * returned, "expert gradients": 2}
+        for name, size in moved.items():
+            seconds = size * tokens * choices * d / 2 / chip.link_bandwidth + HOP_SECONDS
+            assert found[name].seconds == pytest.approx(seconds), name
 
 
 def test_adapters_are_all_that_is_trained_beside_packed_weights():

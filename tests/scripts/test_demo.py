@@ -12,7 +12,7 @@ import pytest
 from deepseek_v4 import Config, MeshError
 from deepseek_v4.checkpoint import inspect_checkpoint
 from deepseek_v4.default_model import CONFIG_DIRECTORY, corpus, default_config, write_default
-from deepseek_v4.loading import default_placement, open_model
+from deepseek_v4.loading import Parallelism, default_placement, open_model
 from deepseek_v4.nn.variables import RELEASED
 from deepseek_v4.scoring import score
 
@@ -35,7 +35,7 @@ def test_the_built_in_model_has_learnt_its_language(tmp_path):
     """Its own checkpoint is complete, and predicts a novel it has not seen far better than chance (ln 4096 = 8.3)."""
     found = inspect_checkpoint(CONFIG_DIRECTORY)
     assert found.complete
-    loaded = open_model(CONFIG_DIRECTORY, dtype="float32", mesh="data=8")
+    loaded = open_model(CONFIG_DIRECTORY, dtype="float32", parallelism=Parallelism("data=8"))
     text = dict(corpus())["persuasion"][200_000:203_000]
     tokens = loaded.tokenizer.encode(text)[:512]
     (scores,) = score(loaded.model, loaded.restore(), [tokens])

@@ -220,6 +220,7 @@ def test_a_prompt_can_be_a_chat_message(generate, orbax_checkpoint, finished, ca
         ({"checkpoint": "absent"}, "absent: no such directory"),
         ({"mesh": "data=3"}, "mesh data=3,expert=1,tensor=1 needs 3 devices, found 8"),
         ({"mesh": "tensor=8"}, "does not fit this model"),
+        ({"expert_precision": "fp8"}, "no rows travel to experts without expert-parallel"),
         ({"mesh": "rows=8"}, "bad part 'rows=8'"),
         ({"simulate": "kv,everything"}, "unknown 'everything'"),
         ({"temperature": -1}, "temperature: expected"),

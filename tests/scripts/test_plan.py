@@ -40,7 +40,7 @@ def test_finds_a_mesh_and_writes_tables_picture_json_and_pod_file(planner, scrip
     arguments = with_pod(["--checkpoint", "x", "--prompt", "y", "--pod", str(files["pod.json"])], "generate")
     options = tyro.cli(script("generate").Arguments, args=arguments)
     assert (options.batch_size, options.max_length) == (16, 65536)
-    sizes = dict(part.split("=") for part in options.mesh.split(","))
+    sizes = dict(part.split("=") for part in options.parallelism.mesh.split(","))
     assert written[0]["mesh"] == {"data": 1, "expert": 1, "tensor": 1} | {axis: int(n) for axis, n in sizes.items()}
 
 

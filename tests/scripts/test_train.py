@@ -56,6 +56,7 @@ def complaint(train, capsys, place, *arguments):
         (["--mesh", "data=3"], "needs 3 devices, found 8"),
         (["--mesh", "data=8", "--data.batch-size", "6"], "data.batch_size 6 does not divide over data = 8"),
         (["--mesh", "data=4,tensor=2", "--accumulate", "4"], "expected a multiple of 16"),
+        (["--expert-precision", "fp8"], "expert_precision: 'fp8' is for rows that travel"),
         (["--mesh", "expert=2,tensor=4", "--data.batch-size", "8"], "o_groups"),
         (["--freeze", "attn.nothing"], "pattern 'attn.nothing' names no parameter"),
         (["--mode", "lora"], "mode 'lora' trains beside the weights of a checkpoint"),
@@ -154,6 +155,11 @@ class TestDifferences:
 
     def test_what_may_change(self):
         assert self.changed(output=Path("b"), steps=5, keep=1, log_every=3, export=Path("e")) == ([], [])
+
+    def test_fields_that_an_earlier_version_had_not_are_their_defaults(self):
+        saved = to_json(self.base)
+        del saved["expert_precision"]
+        assert differences(saved, self.base) == ([], [])
 
     def test_fields_of_another_version_are_named(self):
         with pytest.raises(ConfigurationError, match=r"unknown fields \['speed'\]"):
