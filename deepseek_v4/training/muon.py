@@ -17,6 +17,7 @@ from jax import lax
 
 from deepseek_v4.parameters import ParameterSpec, is_spec
 from deepseek_v4.sharding import Placement
+from pallas_kernels.newton_schulz_step import newton_schulz_step
 
 NEWTON_SCHULZ_COEFFICIENTS = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
 """(a, b, c) of each step: eight that grow small singular values fast, two that settle all of them at 1."""
@@ -25,12 +26,15 @@ STACK_BYTES = 1 << 27
 """Float32 bytes of one device's shards that are made whole and orthogonalised at a time: it bounds temporaries."""
 
 
-def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+def newton_schulz(
+    x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32, *, implementation: str | None = None
+) -> jax.Array:
     """The nearest (semi-)orthogonal matrix of every matrix of ``x`` [..., rows, cols], in float32.
 
     X / ||X||_F, then steps a X + b (X X^T) X + c (X X^T)^2 X on the smaller side. ``dtype`` is that of the operands of
     the matmuls; sums and what is carried between steps are float32. Singular values below about 1e-5 of the norm end
-    between 0 and 1; a zero matrix stays zero, and the scale of a matrix does not matter.
+    between 0 and 1; a zero matrix stays zero, and the scale of a matrix does not matter. ``implementation`` is that of
+    ``newton_schulz_step``.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.astype(jnp.float32)
@@ -39,16 +43,14 @@ def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> ja
     x = _divide(x, jnp.max(jnp.abs(x), (-2, -1), keepdims=True))
     x = _divide(x, jnp.linalg.norm(x, axis=(-2, -1), keepdims=True))
 
-    def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = a.astype(dtype), b.astype(dtype)
-        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
 
     def step(x, coefficients):
-        a, b, c = coefficients
-        gram = matmul(x, x.mT)
-        return a * x + matmul(b * gram + c * matmul(gram, gram), x), None
+        return newton_schulz_step(x, coefficients, dtype=dtype, implementation=implementation), None
 
     x, _ = lax.scan(step, x, jnp.asarray(NEWTON_SCHULZ_COEFFICIENTS, jnp.float32))
+    x = x.reshape(shape)
     return x.mT if tall else x
 
 
