@@ -1,7 +1,13 @@
 """Expert groups over axes of the batch: tokens travel to experts, and nothing changes but where things are computed."""
 
 import functools
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +21,7 @@ from deepseek_v4.dispatch import MOST_GATHERED, Exchange, exchange_of, ragged_al
 from deepseek_v4.formats import simulate_fp8
 from pallas_kernels.grouped_matmul import expert_mlp
 
+TESTS = Path(__file__).resolve().parent
 EXPERTS, CHOICES, WIDTH, HIDDEN = 8, 3, 256, 64
 
 
@@ -150,6 +157,46 @@ def test_the_twin_of_the_ragged_exchange_moves_what_it_says():
     arguments = operand, output, first, sizes, begin, sizes.T
     moved = jax.shard_map(move, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec, check_vma=False)
     np.testing.assert_array_equal(compiled(moved)(*map(jnp.asarray, arguments)), expected)
+
+
+def compiles(chip, package, *programs, slow=False):
+    missing = importlib.util.find_spec(package) is None
+    marks = [pytest.mark.skipif(missing, reason=f"{package} is not installed"), *([pytest.mark.slow] if slow else [])]
+    return pytest.param(chip, programs, marks=marks, id=f"{chip}-{'-'.join(programs)}")
+
+
+@pytest.mark.parametrize(
+    ("chip", "programs"),
+    [
+        compiles("v6e", "libtpu", "fp8-bfloat16"),
+        compiles("v6e", "libtpu", "exact", "fp8", "gradient", slow=True),
+        compiles("h200", "jax_cuda13_plugin", "fp8-bfloat16", "exact", "fp8", "gradient"),
+    ],
+)
+def test_real_compilers_keep_the_ragged_exchange_and_gather_no_experts(chip, programs):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, str(TESTS / "compile_dispatch.py"), chip, *programs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled_programs = json.loads(done.stdout.splitlines()[-1])
+    assert set(compiled_programs) == set(programs)
+    # A round of 4 * 640 * 4 rows of 1,024 numbers, on TPUs filled up to 512 bytes, and their weights; results, which
+    # are added where they came from, of 640 * 4.
+    rows, results, tile = 4 * 640 * 4, 640 * 4 * 1024, 512 if chip == "v6e" else 4
+    sizes = {"exact": (2048, 4), "fp8": (1032, 4), "fp8-bfloat16": (1032, 2)}
+    for name, found in compiled_programs.items():
+        # All that is gathered is how many rows every device has for every expert.
+        assert set(found) == {"all-gather", "ragged-all-to-all"}, name
+        assert found["all-gather"]["bytes"] == 4 * 16 * 4, name
+        moved = found["ragged-all-to-all"]
+        if name == "gradient":
+            # Rows, weights and results; again rows and weights, with gradients, and both of theirs back.
+            assert moved["times"] == 8
+        else:
+            sent, returned = sizes[name]
+            assert moved["times"] == 3, name
+            assert moved["bytes"] == rows * (-(-sent // tile) * tile + tile) + returned * results, name
 
 
 def test_few_tokens_are_gathered_and_many_dispatched():

@@ -38,6 +38,7 @@ CASES = [
     case("pro", "v7x:2x4x4", "data=4,expert=4,tensor=4", "decode", 8, 1 << 20, 4.0),
     case("flash", "h200:8", "data=4,tensor=2", "decode", 28, 1 << 20, 0.25),
     case("flash", "h200:8", "data=4,tensor=2", "prefill", 4, 1 << 20, 0.75),
+    case("pro", "h200:8", "tensor=8", "decode", 2, 1 << 20, 0.25),
 ]
 
 
@@ -77,7 +78,9 @@ def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, work
     if workload == "decode":
         # Attention, shared expert and routed experts of every layer, the embedding's rows.
         expected = 3 * len(specs) + 1
-        assert 0.9 * expected <= sums["times"] <= expected
+        # XLA for GPUs joins the sums of shared and routed experts.
+        least = 2 * len(specs) + 1 if topology[0] in "hb" else expected
+        assert 0.9 * least <= sums["times"] <= expected
         rows = batch // planned["mesh"]["data"]
         assert sums["largest"] <= 2 * rows * 4 * config.hidden_size  # float32 rows of d
         # Heads of 128 bfloat16 and a float32 weight, or selected indices.

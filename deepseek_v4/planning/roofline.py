@@ -268,7 +268,8 @@ def _experts(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], to
 def _travel(setting: Setting, tokens: int) -> Iterator[Part]:
     """Tokens to their experts, where they are elsewhere, and what these say back; sums over the shards of an expert.
 
-    Dispatched rows have the bytes of the ``dispatch.Exchange``; in training their gradients travel too, as they are.
+    Dispatched rows have the bytes of the ``dispatch.Exchange``, and a routing weight each; in training their gradients
+    travel too, as they are.
     """
     d, choices = setting.config.hidden_size, setting.config.num_experts_per_tok
     form, group = setting.exchange
@@ -277,15 +278,22 @@ def _travel(setting: Setting, tokens: int) -> Iterator[Part]:
         sums = _exchange(setting, "reduce-scatter", "experts", 4 * group * tokens * d)
         yield Part("expert outputs", exchange=sums)
     elif form == "dispatch":
-        moved, kind = setting.placement.exchange, "ragged-all-to-all"
-        for name, size in (("tokens to experts", moved.sent_bytes(d)), ("expert outputs", moved.returned_bytes(d))):
-            yield Part(name, exchange=_exchange(setting, kind, "experts", tokens * choices * size))
+        moved, kind, rows = setting.placement.exchange, "ragged-all-to-all", tokens * choices
+        there = _travelling(setting, moved.sent_bytes(d)) + _travelling(setting, 4)
+        back = _travelling(setting, moved.returned_bytes(d))
+        for name, size in (("tokens to experts", there), ("expert outputs", back)):
+            yield Part(name, exchange=_exchange(setting, kind, "experts", rows * size))
         if setting.workload.phase == "train":
-            size = tokens * choices * d * _activation_bytes()
-            yield Part("expert gradients", exchange=Exchange(kind, setting.placement.mesh_axes("experts"), size))
+            size = _travelling(setting, d * _activation_bytes()) + _travelling(setting, 4)
+            yield Part("expert gradients", exchange=Exchange(kind, setting.placement.mesh_axes("experts"), rows * size))
     name, over = ("expert outputs", ("experts", "expert_width")) if form is None else ("expert sums", "expert_width")
     kind = "all-reduce" if setting.placement.token_shards(setting.workload.tokens) == 1 else "reduce-scatter"
     yield Part(name, exchange=_exchange(setting, kind, over, 4 * tokens * d))
+
+
+def _travelling(setting: Setting, row: int) -> int:
+    """What a row of so many bytes takes in a ragged exchange: libtpu 0.0.42 fills up 128 words of four bytes."""
+    return -(-row // 512) * 512 if setting.topology.chip.platform == "tpu" else row
 
 
 def _latents(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], tokens: int) -> int:
@@ -314,7 +322,7 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
     ratio = spec.compress_ratio
     selected = min(config.index_topk, context // ratio) if spec.indexer else (context // ratio if ratio else 0)
     selected = -(-selected // setting.placement.size("entries"))
-    # Where kernels read them in the bytes of the release; elsewhere they are decoded first.
+    # Where kernels read them in the bytes of the release, on TPUs; elsewhere they are decoded first.
     columns = work.cache == "fp8" and setting.scores_stay and not spec.indexer
     cost = attention_cost(
         batch=setting.rows,

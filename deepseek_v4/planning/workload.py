@@ -139,8 +139,13 @@ class Setting:
 
     @property
     def scores_stay(self) -> bool:
-        """Whether a kernel selects entries: index scores are then never in memory."""
-        return self.topology.chip.platform == "tpu" and self.workload.phase != "train"
+        """Whether a kernel selects entries: index scores then stay on the chip.
+
+        GPUs keep those of a few queries at a time, as many as their L2 cache takes; their kernel does not read the
+        released bytes as rows, in which they keep them.
+        """
+        kernel = self.topology.chip.platform == "tpu" or self.workload.cache == "bf16"
+        return kernel and self.workload.phase != "train"
 
     @property
     def index_share(self) -> Literal["queries", "rows"] | None:

@@ -45,7 +45,10 @@ def index_topk(
     the others' follow in the order of the mesh; counts and what is returned number them all, and the result is that of
     unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``. There is no gradient. Source: paper eq. 13-17.
     """
-    function = choose("index_topk", _IMPLEMENTATIONS, implementation, unserved_by(q, keys, k, first_entries))
+    # A kernel is given all heads of a query.
+    heads = q.shape[2] * jax.lax.axis_size(sum_over) if sum_over else q.shape[2]
+    whole = jax.ShapeDtypeStruct((*q.shape[:2], heads, q.shape[3]), q.dtype)
+    function = choose("index_topk", _IMPLEMENTATIONS, implementation, unserved_by(whole, keys, k, first_entries))
     split: dict[str, Any] = {"sum_over": sum_over, "keys_over": keys_over}
     if function is _IMPLEMENTATIONS["xla"]:
         split["first_entries"] = first_entries

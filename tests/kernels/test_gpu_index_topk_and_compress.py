@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from lowering import lowered_for_cuda
 from test_compress import CSA, EPS, HCA, ROPE, check, rings, sequences
 
 from pallas_kernels.compress import gpu as compress_gpu
 from pallas_kernels.index_topk import gpu as topk_gpu
+from pallas_kernels.index_topk import index_topk
 from pallas_kernels.index_topk.gpu_plan import Parts
 from pallas_kernels.registry import operations
 
@@ -57,6 +59,28 @@ def test_an_entry_is_the_same_bits_in_any_company(kind):
     np.testing.assert_array_equal(run([3, 1], start[[3, 1]], lengths[[3, 1]], length), together[[3, 1]])
     last = run([3], np.array([255]), np.array([1]), 1)[0, 0]
     np.testing.assert_array_equal(last, together[3, 255 // kind.ratio - 64 // kind.ratio])
+
+
+def test_heads_that_are_split_are_served_whole():
+    """Eight GPUs with eight heads each, fewer than a product takes, bring 64 of them together: the kernel runs."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((8,), ("tensor",), abstract_device=device)
+    heads = PartitionSpec(None, None, "tensor")
+    call = jax.shard_map(
+        functools.partial(index_topk, k=512, sum_over=("tensor",)),
+        mesh=mesh,
+        in_specs=(heads, heads, PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    arrays = (
+        jax.ShapeDtypeStruct((5, 1, 64, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((5, 1, 64), jnp.float32),
+        jax.ShapeDtypeStruct((1, 5, 4096, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((5, 1), jnp.int32),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "index_topk_scores" in str(jax.make_jaxpr(call)(*arrays))
 
 
 def test_what_is_not_served_is_said():

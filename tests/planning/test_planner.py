@@ -87,9 +87,12 @@ def test_least_times_of_one_token_in_closed_form():
     rows = 6 / 8 * (4096 * (2 + 4) + 3 * 2 * 2048)
     assert csa["routed experts"].limit == "HBM"
     assert csa["routed experts"].seconds == pytest.approx((experts + rows) / chip.hbm_bandwidth)
-    # All index keys are read once; scores are written and read.
+    # All index keys are read once; where no kernel reads them, scores are written and read.
     keys = (1 << 17) // 4
-    assert csa["index scores"].seconds == pytest.approx(keys * (128 * 2 + 2 * 4) / chip.hbm_bandwidth)
+    assert csa["index scores"].seconds == pytest.approx(keys * 128 * 2 / chip.hbm_bandwidth)
+    stored = setting("h200:8", "expert=8", Workload("decode", 1, 1 << 17, cache="fp8"))
+    twin = parts(stages(stored), "CSA")["index scores"]
+    assert twin.seconds == pytest.approx(keys * (128 * 2 + 2 * 4) / chip.hbm_bandwidth)
     # HCA reads one entry per 128 tokens, the window, queries and outputs, a count and the sinks.
     read = ((1 << 17) // 128 + 128 + 2 * 64) * 512 * 2 + 4 + 4 * 64
     assert hca["attention"].seconds == pytest.approx(read / chip.hbm_bandwidth)
@@ -100,22 +103,23 @@ def test_least_times_of_one_token_in_closed_form():
     assert not {"index score sums", "attention output", "shared expert output"} & set(csa)
 
 
-def test_kernels_read_index_keys_alone_and_share_out_queries():
-    chip, entries = CHIPS["v6e"], (1 << 17) // 4
-    csa = parts(stages(setting("v6e:2x4", "expert=4,tensor=2", Workload("decode", 4, 1 << 17))), "CSA")
+@pytest.mark.parametrize(("topology", "medium"), [("v6e:2x4", "torus"), ("h200:8", "NVLink")])
+def test_kernels_read_index_keys_alone_and_share_out_queries(topology, medium):
+    chip, entries = CHIPS[topology.partition(":")[0]], (1 << 17) // 4
+    csa = parts(stages(setting(topology, "expert=4,tensor=2", Workload("decode", 4, 1 << 17))), "CSA")
     # Four rows over two devices, which exchange their halves of the heads.
     assert csa["index scores"].seconds == pytest.approx(4 / 2 * entries * 128 * 2 / chip.hbm_bandwidth)
-    assert csa["index queries"].limit == "all-to-all over tensor (torus)"
-    assert csa["selected entries"].limit == "all-gather over tensor (torus)"
-    one = parts(stages(setting("v6e:2x4", "expert=4,tensor=2", Workload("decode", 1, 1 << 17))), "CSA")
+    assert csa["index queries"].limit == f"all-to-all over tensor ({medium})"
+    assert csa["selected entries"].limit == f"all-gather over tensor ({medium})"
+    one = parts(stages(setting(topology, "expert=4,tensor=2", Workload("decode", 1, 1 << 17))), "CSA")
     assert one["index scores"].seconds == pytest.approx(entries * 128 * 2 / chip.hbm_bandwidth)
-    assert one["index queries"].limit == "all-gather over tensor (torus)"
+    assert one["index queries"].limit == f"all-gather over tensor ({medium})"
     assert "selected entries" not in one
     assert "index score sums" not in one
 
 
 def test_tokens_that_travel_are_counted_in_closed_form():
-    chip, d, choices = CHIPS["h200"], 4096, 6
+    chip, d, choices, weight = CHIPS["h200"], 4096, 6, 4 / 4096
 
     def of(work):
         case = Setting.of(FLASH, parse_topology("h200:8"), parse_mesh("expert=8"), work, expert_parallel=True)
@@ -129,14 +133,14 @@ def test_tokens_that_travel_are_counted_in_closed_form():
     experts = 32 * (1 - (1 - 6 / 256) ** 8) * 3 * 4096 * 2048 * 17 / 32
     assert few["routed experts"].seconds == pytest.approx((experts + 6 * (d * 6 + 6 * 2048)) / chip.hbm_bandwidth)
     many = of(Workload("prefill", 8, 4096, chunk=4096))
-    for name, size in (("tokens to experts", 2), ("expert outputs", 4)):
+    for name, size in (("tokens to experts", 2 + weight), ("expert outputs", 4)):
         assert many[name].limit == "ragged-all-to-all over expert (NVLink)"
         sent = size * 4096 * choices * d * 7 / 8
         assert many[name].seconds == pytest.approx(sent / chip.link_bandwidth + HOP_SECONDS)
     # In FP8 with a byte of scale per 128, and back in bfloat16; tokens that are gathered stay as they are.
     assert of(Workload("decode", 8, 1 << 17, expert_precision="fp8-bfloat16")) == few
     rounded = of(Workload("prefill", 8, 4096, chunk=4096, expert_precision="fp8-bfloat16"))
-    for name, size in (("tokens to experts", 129 / 128), ("expert outputs", 2)):
+    for name, size in (("tokens to experts", 129 / 128 + weight), ("expert outputs", 2)):
         sent = size * 4096 * choices * d * 7 / 8
         assert rounded[name].seconds == pytest.approx(sent / chip.link_bandwidth + HOP_SECONDS)
     rows = of(Workload("prefill", 8, 4096, chunk=4096, expert_precision="fp8"))

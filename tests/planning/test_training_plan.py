@@ -73,10 +73,11 @@ def test_rows_that_travel_pass_three_times_and_their_gradients_once():
         case = dataclasses.replace(setting("h200:8", "data=4,expert=2", work), expert_parallel=True)
         return {part.name: part for stage in stages(case) if stage.name == "HCA" for part in stage.parts}
 
-    sizes = {"exact": (2, 4), "fp8-bfloat16": (1 + 1 / 128, 2)}
+    weight = 4 / d
+    sizes = {"exact": (2 + weight, 4), "fp8-bfloat16": (1 + 1 / 128 + weight, 2)}
     for precision, (sent, returned) in sizes.items():
         found = parts(precision)
-        moved = {"tokens to experts": 3 * sent, "expert outputs": 3 * returned, "expert gradients": 2}
+        moved = {"tokens to experts": 3 * sent, "expert outputs": 3 * returned, "expert gradients": 2 + weight}
         for name, size in moved.items():
             seconds = size * tokens * choices * d / 2 / chip.link_bandwidth + HOP_SECONDS
             assert found[name].seconds == pytest.approx(seconds), name

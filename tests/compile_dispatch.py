@@ -1,0 +1,87 @@
+"""The dispatch form of the expert exchange compiled for four chips: prints JSON, the collectives of every program.
+
+python tests/compile_dispatch.py v6e exact gradient
+
+Two and a half thousand tokens of a group, more than are gathered, go to sixteen experts on four devices: FP4 experts as
+inference runs them, of a precision, or the gradient of float32 masters. A program of its own (``abstract_devices``).
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_v4 import Placement, make_mesh
+from deepseek_v4.planning.program import collectives
+from pallas_kernels.grouped_matmul import expert_mlp
+from pallas_kernels.targets import abstract_devices
+
+TOKENS, EXPERTS, CHOICES, WIDTH, HIDDEN = 2560, 16, 4, 1024, 512
+AXES = (
+    ("experts", "expert_width", "embed"),
+    ("experts", "embed", "expert_width"),
+    ("experts", "expert_width", "embed"),
+)
+
+
+def weights(placement, packed):
+    """Abstract (weight, scale) of w1, w2, w3."""
+    found = []
+    for axes, (out, inputs) in zip(AXES, ((HIDDEN, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH)), strict=True):
+
+        def array(shape, dtype, axes=axes):
+            return jax.ShapeDtypeStruct((EXPERTS, *shape), dtype, sharding=placement.sharding(axes))
+
+        if packed:
+            scale = array((out, inputs // 32), jnp.float8_e8m0fnu)
+            found.append((array((out, inputs // 2), jnp.uint8), scale))
+        else:
+            found.append((array((out, inputs), jnp.float32), None))
+    return tuple(found)
+
+
+def run(placement, x, ids, routing, stored):
+    def local(x, ids, routing, layer, *weights, **moved):
+        return expert_mlp(x, ids, routing, *weights, limit=10.0, **moved)
+
+    axes = [(names, None if scale is None else names) for names, (_, scale) in zip(AXES, stored, strict=True)]
+    return placement.run_experts(local, x, ids, routing, jnp.asarray(0), stored, axes)
+
+
+def loss(placement, x, routing, masters, ids):
+    return jnp.sum(run(placement, x, ids, routing, tuple((w, None) for w in masters)) ** 2)
+
+
+def programs(devices, names):
+    """(name, compiled program) of each name: a precision, or "gradient"."""
+    for name in names:
+        precision = "exact" if name == "gradient" else name
+        placement = Placement.of(make_mesh("expert=4", devices), expert_parallel=True, expert_precision=precision)
+
+        def rows(width, dtype, placement=placement):
+            return jax.ShapeDtypeStruct((TOKENS, width), dtype, sharding=placement.sharding(("batch", None)))
+
+        x, ids, routing = rows(WIDTH, jnp.bfloat16), rows(CHOICES, jnp.int32), rows(CHOICES, jnp.float32)
+        with jax.set_mesh(placement.mesh):
+            if name == "gradient":
+                masters = tuple(weight for weight, _ in weights(placement, packed=False))
+                gradient = jax.jit(jax.grad(functools.partial(loss, placement), argnums=(0, 1, 2)))
+                yield name, gradient.lower(x, routing, masters, ids).compile()
+            else:
+                forward = jax.jit(functools.partial(run, placement))
+                yield name, forward.lower(x, ids, routing, weights(placement, packed=True)).compile()
+
+
+def main(chip, *names):
+    devices = abstract_devices(chip, (2, 2) if chip.startswith("v") else (4, 1))
+    return {
+        name: {found.kind: dataclasses.asdict(found) for found in collectives(program.as_text())}
+        for name, program in programs(devices, names)
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
