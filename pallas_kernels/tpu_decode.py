@@ -5,6 +5,8 @@ generation has. Decoded tiles are kept as words too: word [i, c] of a ``uint32 [
 and 2i + 1 of the bfloat16 matrix [N, C], which ``paired_rows`` reads without moving anything.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -140,15 +142,10 @@ def e4m3_to_e4m3b11(words: jax.Array) -> jax.Array:
     return words & (((words & magnitude) + magnitude) | magnitude)
 
 
-def plain_rows(matrix, start, rows: int) -> jax.Array:
-    """Rows start .. start + rows of a ref [N, C]."""
-    return matrix[pl.ds(start, rows), :]
-
-
-def paired_rows(words, start, rows: int) -> jax.Array:
+def paired_rows(words, start, rows: int, columns=slice(None)) -> jax.Array:
     """Rows start .. start + rows (even numbers) of a decoded tile, a ref uint32 [N/2, C], as bfloat16 [rows, C]."""
     half = start // 2 if isinstance(start, int) else pl.multiple_of(start // 2, rows // 2)
-    return pltpu.bitcast(words[pl.ds(half, rows // 2), :], jnp.bfloat16)
+    return pltpu.bitcast(words[pl.ds(half, rows // 2), columns], jnp.bfloat16)
 
 
 def even_odd_permutation() -> jax.Array:
@@ -167,6 +164,19 @@ def split_even_odd(x: jax.Array, permutation: jax.Array) -> jax.Array:
         for i in range(0, x.shape[1], CHUNK)
     ]
     return groups[0] if len(groups) == 1 else jnp.concatenate(groups, axis=1)
+
+
+def join_even_odd(x: jax.Array) -> jax.Array:
+    """float32 [R, C] whose every 256 columns are ordered as ``decode_fp4`` orders them, in their own order."""
+    lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+    even_lane = (lane & 1) == 0
+    groups = []
+    for i in range(0, x.shape[1], CHUNK):
+        even, odd = x[:, i : i + LANES], x[:, i + LANES : i + CHUNK]
+        for first in (0, LANES // 2):
+            take = functools.partial(jnp.take_along_axis, indices=(lane >> 1) + first, axis=1, mode="promise_in_bounds")
+            groups.append(jnp.where(even_lane, take(even), take(odd)))
+    return jnp.concatenate(groups, axis=1)
 
 
 def _block(rows: int) -> int:

@@ -249,9 +249,14 @@ def _linears(
 
 
 def _experts(setting: Setting, flat: Mapping[tuple[str, ...], ParameterSpec], tokens: int) -> Part:
-    """Routed experts, tokens spread evenly: those of a device that any of its tokens chooses are read once."""
+    """Routed experts, tokens spread evenly: those of a device that any of its tokens chooses are read once.
+
+    Beside what ``_passes`` counts, their backward pass computes gate and up again, two of three products.
+    """
     config, placement = setting.config, setting.placement
     multiplied, moved = _passes(setting)
+    if setting.workload.phase == "train":
+        multiplied += 2 / 3
     weights = {path: spec for path, spec in flat.items() if path[:2] == ("ffn", "experts")}
     tokens *= setting.exchange[1]  # of the whole group: their choices come to this device
     share = config.num_experts_per_tok / config.n_routed_experts

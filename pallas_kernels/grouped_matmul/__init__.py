@@ -1,20 +1,30 @@
 """Expert MLPs over tokens that were routed to them, weights in their stored format (architecture section 6)."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
 
-from pallas_kernels.grouped_matmul import gpu, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, tpu, tpu_backward, xla
+from pallas_kernels.grouped_matmul import gradient as twin
 from pallas_kernels.grouped_matmul.gradient import Exchange, Gather, with_gradient
 from pallas_kernels.grouped_matmul.xla import Adapter
 from pallas_kernels.implementation import choose
 from pallas_kernels.targets import Chip
 
+_GRADIENTS: dict[str, Callable] = {
+    "xla": twin.expert_mlp_gradient,
+    "tpu": tpu_backward.expert_mlp_gradient,
+    "tpu_interpret": functools.partial(tpu_backward.expert_mlp_gradient, interpret=True),
+}
+
 _IMPLEMENTATIONS = {
     "xla": with_gradient(xla.expert_mlp, xla.expert_mlp_saving),
-    "tpu": with_gradient(tpu.expert_mlp),
-    "tpu_interpret": with_gradient(functools.partial(tpu.expert_mlp, interpret=True)),
+    "tpu": with_gradient(tpu.expert_mlp, backward=_GRADIENTS["tpu"]),
+    "tpu_interpret": with_gradient(
+        functools.partial(tpu.expert_mlp, interpret=True), backward=_GRADIENTS["tpu_interpret"]
+    ),
     "gpu": with_gradient(gpu.expert_mlp),
     "gpu_interpret": with_gradient(functools.partial(gpu.expert_mlp, interpret=True)),
 }
@@ -79,3 +89,30 @@ def expert_mlp(
         **({} if gather is None else {"gather": gather}),
         **({} if exchange is None else {"exchange": exchange}),
     )
+
+
+def expert_mlp_gradient(
+    gradient: jax.Array,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    w1: tuple[jax.Array, jax.Array | None],
+    w2: tuple[jax.Array, jax.Array | None],
+    w3: tuple[jax.Array, jax.Array | None],
+    *,
+    limit: float,
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient of ``expert_mlp`` to its rows and routing weights, from ``gradient`` [N, D], that of its result.
+
+    Arguments as there, without adapters; weights are constants, and rounded activations count as they are before. The
+    gradient is rounded to the dtype of x before it meets W2, and those of gate and up before W1 and W3; all sums are
+    float32, in an order that is a token's own. Returns float32 [N, D] and [N, K].
+    """
+
+    def unserved(chip: Chip | None) -> str | None:
+        return tpu_backward.unserved(chip, x, w1, w2)
+
+    function = choose("expert_mlp_gradient", _GRADIENTS, implementation, {"tpu": unserved, "tpu_interpret": unserved})
+    return function(gradient, x, expert_ids, expert_weights, w1, w2, w3, limit=limit, layer=layer)

@@ -56,10 +56,64 @@ def kernel_bytes(
 ) -> int:
     """What the TPU kernel moves for ``blocks`` blocks of rows (default: one per expert that can be touched).
 
-    A block reads its expert; a row of x is packed once and fetched once per choice; a float32 sum is cleared once, and
-    read and written once per choice.
+    A block reads its expert; a row of x is packed once and fetched once per choice; a float32 sum is cleared once,
+    written once per choice, and read as often unless there is but one.
     """
     served = tokens * min(choices, experts)
     blocks = min(experts, served) if blocks is None else blocks
-    rows = 2 * hidden * (2 * tokens + served) + 4 * hidden * (tokens + 2 * served)
+    rows = hidden * (2 * (2 * tokens + served) + _sums_bytes(tokens, served, choices))
     return blocks * expert_bytes(kind, hidden, width, scale_itemsize) + rows + 16 * tokens * choices
+
+
+def expert_mlp_gradient_cost(
+    *,
+    kind: str,
+    tokens: int,
+    choices: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    touched: int | None = None,
+    scale_itemsize: int = 1,
+) -> Cost:
+    """What the gradient to rows and routing weights must move and compute, ``touched`` as in ``expert_mlp_cost``.
+
+    Each expert that is touched is read once; bfloat16 rows, their float32 gradients, ids and routing weights are read
+    once, and float32 gradients of rows and routing weights are written once. Five products per row: gate and up again,
+    the hidden activations' gradient, and the two that make up the row's.
+    """
+    served = tokens * min(choices, experts)
+    touched = min(experts, served) if touched is None else touched
+    weights = touched * expert_bytes(kind, hidden, width, scale_itemsize)
+    return Cost(
+        bytes_read=weights + (2 + 4) * tokens * hidden + 8 * tokens * choices,
+        bytes_written=4 * tokens * hidden + 4 * tokens * choices,
+        operations=MappingProxyType({"bfloat16": 10 * served * hidden * width}),
+    )
+
+
+def kernel_gradient_bytes(
+    *,
+    kind: str,
+    tokens: int,
+    choices: int,
+    hidden: int,
+    width: int,
+    experts: int,
+    blocks: int | None = None,
+    scale_itemsize: int = 1,
+) -> int:
+    """What the TPU kernel moves for ``blocks`` blocks of rows (default: one per expert that can be touched).
+
+    A block reads its expert; a row of x and its float32 gradient are packed once and fetched once per choice; a float32
+    sum is cleared once, written once per choice, and read as often unless there is but one.
+    """
+    served = tokens * min(choices, experts)
+    blocks = min(experts, served) if blocks is None else blocks
+    rows = hidden * ((2 + 4 + 4) * tokens + 4 * served + _sums_bytes(tokens, served, choices))
+    return blocks * expert_bytes(kind, hidden, width, scale_itemsize) + rows + 20 * tokens * choices
+
+
+def _sums_bytes(tokens: int, served: int, choices: int) -> int:
+    """Per column of the result: cleared, then read and written for every choice; or written, where there is one."""
+    return 4 * (tokens + (2 if choices > 1 else 1) * served)

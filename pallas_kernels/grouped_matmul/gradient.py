@@ -1,5 +1,8 @@
 """Gradients of ``expert_mlp``, one block of one expert at a time.
 
+What follows is the twin. A kernel has one of its own for calls whose packed weights have no adapters
+(``tpu_backward``), and differentiates the others as the twin does.
+
 Packed weights are constants: gradients reach rows and routing weights through them, adapters, and plain weights. The
 rounding of ``simulate_activations`` counts as the identity. Weights are decoded again where they are needed, one expert
 at a time; the gradient of an expert's matrix is added in place. The projections before the activation are residuals if
@@ -54,10 +57,11 @@ class Exchange(Protocol):
         ...
 
 
-def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable:
+def with_gradient(forward: Callable, saving: Callable | None = None, backward: Callable | None = None) -> Callable:
     """``forward(x, expert_ids, expert_weights, w1, w2, w3, **static)``, made differentiable as the module says.
 
-    ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for.
+    ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for. ``backward``
+    is a kernel with the signature of ``expert_mlp_gradient``, for calls in which no weight has a gradient.
     """
 
     def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, gather=None, exchange=None, **static):
@@ -99,6 +103,9 @@ def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable
             totals = _zero_gradients(weights, keywords.get("adapters"))
 
             def run_rows(totals, gradient, x, ids, routing):
+                if backward is not None and not jax.tree.leaves(totals):
+                    options = {"limit": keywords["limit"], "layer": keywords["layer"]}
+                    return *backward(gradient, x, ids, routing, *weights, **options), totals
                 return _gradients(totals, gradient, saved, x, ids, routing, *weights, **keywords)
 
             if exchange is None:
@@ -124,6 +131,13 @@ def with_gradient(forward: Callable, saving: Callable | None = None) -> Callable
         return run(x, expert_weights, matrices, adapters, expert_ids, stored, layer)
 
     return call
+
+
+def expert_mlp_gradient(gradient, x, expert_ids, expert_weights, w1, w2, w3, *, limit, layer):
+    """See ``pallas_kernels.grouped_matmul.expert_mlp_gradient``."""
+    none = ((None, None),) * 3
+    options = {"limit": limit, "simulate_activations": False, "layer": layer}
+    return _gradients(none, gradient, None, x, expert_ids, expert_weights, w1, w2, w3, **options)[:2]
 
 
 def _zero_gradients(weights, adapters):
@@ -158,7 +172,7 @@ def _gradients(
     routing = jnp.where(used, expert_weights.astype(jnp.float32).reshape(-1)[assignment], 0.0)
     tokens, choices = expert_ids.shape
     dtype = x.dtype
-    plain = weights[0][1] is None
+    plain = totals[0][0] is not None
 
     def block(index, carry):
         drows, drouting, totals = carry

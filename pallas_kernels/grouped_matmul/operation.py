@@ -1,4 +1,4 @@
-"""The declaration of ``expert_mlp``: its V4 shapes, costs and fallback rule (``pallas_kernels.registry``)."""
+"""The declaration of ``expert_mlp`` and its gradient: shapes, costs, fallback rules (``pallas_kernels.registry``)."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import expert_mlp, gpu, tpu
-from pallas_kernels.grouped_matmul.cost import expert_mlp_cost
+from deepseek_v4.dispatch import MOST_ROWS
+from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_gradient, gpu, tpu, tpu_backward
+from pallas_kernels.grouped_matmul.cost import expert_mlp_cost, expert_mlp_gradient_cost
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape
 from pallas_kernels.targets import Chip
@@ -19,24 +20,29 @@ _CI = {
     "flash/fp4/prefill/2048",
     "flash/fp8/decode/64/16-experts",
     "pro/fp4/decode/256",
+    "flash/fp4/train/4096/16-experts",
+    "pro/fp4/train/4096/8-experts",
 }
+
+TRAINING_TOKENS = 4096
+"""Tokens of a device in a training step."""
 
 
 def _with_pairs(function: Callable) -> Callable:
     """``function`` with each weight and its scale as two arguments."""
 
-    def call(*, x, expert_ids, expert_weights, w1, w1_scale, w2, w2_scale, w3, w3_scale, **options) -> jax.Array:
-        return function(x, expert_ids, expert_weights, (w1, w1_scale), (w2, w2_scale), (w3, w3_scale), **options)
+    def call(*, w1, w1_scale, w2, w2_scale, w3, w3_scale, **options):
+        return function(w1=(w1, w1_scale), w2=(w2, w2_scale), w3=(w3, w3_scale), **options)
 
     return call
 
 
-def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) -> Case:
+def _arguments(model: ModelShape, kind: str, tokens: int, choices: int, experts: int, layers: int) -> dict[str, Any]:
     d, m = model.hidden, model.expert_width
     arguments: dict[str, Any] = {
         "x": jax.ShapeDtypeStruct((tokens, d), jnp.bfloat16),
-        "expert_ids": jax.ShapeDtypeStruct((tokens, model.active_experts), jnp.int32),
-        "expert_weights": jax.ShapeDtypeStruct((tokens, model.active_experts), jnp.float32),
+        "expert_ids": jax.ShapeDtypeStruct((tokens, choices), jnp.int32),
+        "expert_weights": jax.ShapeDtypeStruct((tokens, choices), jnp.float32),
         "layer": jax.ShapeDtypeStruct((), jnp.int32),
         "limit": 10.0,
     }
@@ -49,28 +55,54 @@ def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) 
         }[kind]
         arguments[name] = jax.ShapeDtypeStruct((*leading, *weight[0]), weight[1])
         arguments[f"{name}_scale"] = None if scale is None else jax.ShapeDtypeStruct((*leading, *scale[0]), scale[1])
+    return arguments
+
+
+def _sizes(model: ModelShape, kind: str, tokens: int, choices: int, experts: int) -> dict[str, Any]:
+    """What the cost functions ask for."""
+    return {
+        "kind": kind,
+        "tokens": tokens,
+        "choices": choices,
+        "hidden": model.hidden,
+        "width": model.expert_width,
+        "experts": experts,
+        "scale_itemsize": 4 if kind == "fp8" else 1,
+    }
+
+
+def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) -> Case:
+    d, m, choices = model.hidden, model.expert_width, model.active_experts
     decode = tokens <= max(DECODE_ROWS)
     share = "" if experts == model.experts else f"/{experts}-experts"
     name = f"{model.name}/{kind}/{'decode' if decode else 'prefill'}/{tokens}{share}"
     return Case(
         name=name,
-        arguments=arguments,
-        cost=expert_mlp_cost(
-            kind=kind,
-            tokens=tokens,
-            choices=model.active_experts,
-            hidden=d,
-            width=m,
-            experts=experts,
-            scale_itemsize=4 if kind == "fp8" else 1,
-        ),
+        arguments=_arguments(model, kind, tokens, choices, experts, layers),
+        cost=expert_mlp_cost(**_sizes(model, kind, tokens, choices, experts)),
         protected=("w1", "w2", "w3"),
         # Two cores each keep a partial sum of the output; for long calls rows become words, and that is all.
         temporaries_limit=16 * MIB if decode else tokens * d * 10 + 16 * MIB,
         # Hidden activations and results of every assignment; the sort is little beside them.
-        gpu_temporaries_limit=tokens * model.active_experts * (2 * m + 4 * d) + MIB,
+        gpu_temporaries_limit=tokens * choices * (2 * m + 4 * d) + MIB,
         representative=name in _CI,
-        values=functools.partial(_values, tokens, model.active_experts, experts),
+        values=functools.partial(_values, tokens, choices, experts),
+    )
+
+
+def _gradient_case(model: ModelShape, kind: str, tokens: int, choices: int, experts: int) -> Case:
+    d = model.hidden
+    name = f"{model.name}/{kind}/train/{tokens}/{experts}-experts"
+    return Case(
+        name=name,
+        arguments=_arguments(model, kind, tokens, choices, experts, layers=2)
+        | {"gradient": jax.ShapeDtypeStruct((tokens, d), jnp.float32)},
+        cost=expert_mlp_gradient_cost(**_sizes(model, kind, tokens, choices, experts)),
+        protected=("w1", "w2", "w3"),
+        # Rows and their gradients as words, and a float32 sum of each of two cores; no expert.
+        temporaries_limit=tokens * d * (2 * 2 + 2 * 4) + 16 * MIB,
+        representative=name in _CI,
+        values=functools.partial(_values, tokens, choices, experts),
     )
 
 
@@ -93,11 +125,32 @@ def cases() -> tuple[Case, ...]:
     return tuple(found)
 
 
+def gradient_cases() -> tuple[Case, ...]:
+    """A device's tokens and its share of the experts of a layer; and rows that came to them, one choice each."""
+    found = []
+    for model in MODELS:
+        k = model.active_experts
+        found += [_gradient_case(model, "fp4", TRAINING_TOKENS, k, experts) for experts in (8, 16)]
+        found += [_gradient_case(model, kind, TRAINING_TOKENS, k, 16) for kind in ("fp8", "bf16")]
+        found.append(_gradient_case(model, "fp4", MOST_ROWS, 1, 16))
+    return tuple(found)
+
+
 def unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel serves these arguments on ``chip``, or None."""
-    pairs = ((arguments[name], arguments[f"{name}_scale"]) for name in ("w1", "w2"))
     module = gpu if chip.platform == "cuda" else tpu
-    return module.unserved(chip, arguments["x"], *pairs)
+    return module.unserved(chip, arguments["x"], *_pairs(arguments))
+
+
+def gradient_unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
+    """The same of the gradient."""
+    if chip.platform == "cuda":
+        return "there is none"
+    return tpu_backward.unserved(chip, arguments["x"], *_pairs(arguments))
+
+
+def _pairs(arguments: Mapping[str, Any]) -> tuple:
+    return tuple((arguments[name], arguments[f"{name}_scale"]) for name in ("w1", "w2"))
 
 
 _TUNING = {
@@ -108,4 +161,17 @@ _TUNING = {
     )
 }
 
-OPERATION = Operation("expert_mlp", _with_pairs(expert_mlp), cases, unserved, _TUNING)
+_GRADIENT_TUNING = {
+    "tpu": Tuning(
+        shape_class=lambda arguments: tpu_backward.shape_class(arguments["w1"], arguments["w1_scale"]),
+        candidates=lambda chip, arguments: tpu_backward.CANDIDATES,
+        run=lambda tiles: functools.partial(_with_pairs(tpu_backward.expert_mlp_gradient), tiles=tiles),
+    )
+}
+
+OPERATIONS = (
+    Operation("expert_mlp", _with_pairs(expert_mlp), cases, unserved, _TUNING),
+    Operation(
+        "expert_mlp_gradient", _with_pairs(expert_mlp_gradient), gradient_cases, gradient_unserved, _GRADIENT_TUNING
+    ),
+)
