@@ -3,7 +3,8 @@
 python tests/compile_dispatch.py v6e exact gradient
 
 Two and a half thousand tokens of a group, more than are gathered, go to sixteen experts on four devices: FP4 experts as
-inference runs them, of a precision, or the gradient of float32 masters. A program of its own (``abstract_devices``).
+inference runs them, of a precision, or the gradient of float32 masters or through packed experts. A program of its own
+(``abstract_devices``).
 """
 
 import dataclasses
@@ -52,13 +53,17 @@ def run(placement, x, ids, routing, stored):
 
 
 def loss(placement, x, routing, masters, ids):
-    return jnp.sum(run(placement, x, ids, routing, tuple((w, None) for w in masters)) ** 2)
+    return packed_loss(placement, x, routing, tuple((w, None) for w in masters), ids)
+
+
+def packed_loss(placement, x, routing, stored, ids):
+    return jnp.sum(run(placement, x, ids, routing, stored) ** 2)
 
 
 def programs(devices, names):
-    """(name, compiled program) of each name: a precision, or "gradient"."""
+    """(name, compiled program) of each name: a precision, "gradient", or "gradient-packed"."""
     for name in names:
-        precision = "exact" if name == "gradient" else name
+        precision = "exact" if name.startswith("gradient") else name
         placement = Placement.of(make_mesh("expert=4", devices), expert_parallel=True, expert_precision=precision)
 
         def rows(width, dtype, placement=placement):
@@ -70,6 +75,9 @@ def programs(devices, names):
                 masters = tuple(weight for weight, _ in weights(placement, packed=False))
                 gradient = jax.jit(jax.grad(functools.partial(loss, placement), argnums=(0, 1, 2)))
                 yield name, gradient.lower(x, routing, masters, ids).compile()
+            elif name == "gradient-packed":
+                gradient = jax.jit(jax.grad(functools.partial(packed_loss, placement), argnums=(0, 1)))
+                yield name, gradient.lower(x, routing, weights(placement, packed=True), ids).compile()
             else:
                 forward = jax.jit(functools.partial(run, placement))
                 yield name, forward.lower(x, ids, routing, weights(placement, packed=True)).compile()

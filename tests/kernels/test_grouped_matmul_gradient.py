@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 from test_grouped_matmul import (
     EXPERTS,
     HIDDEN,
@@ -231,6 +231,24 @@ def test_training_differentiates_by_the_kernel_where_it_serves():
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs.astype(ours.dtype))
+
+
+def test_on_a_mesh_every_device_differentiates_by_the_kernel():
+    """Where axes are manual; where the partitioner may have split what it cannot see into, the twin does."""
+    packed, _ = weights("fp4")
+    x, routing = rows(40)
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((2,), ("device",), abstract_device=device)
+
+    def layer(x, ids, routing):
+        return expert_mlp(x, ids, routing, *packed, limit=LIMIT)
+
+    split = PartitionSpec("device")
+    local = jax.shard_map(layer, mesh=mesh, in_specs=(split,) * 3, out_specs=split, check_vma=False)
+    arguments = (x, jnp.asarray(ROUTINGS["mixed"]), routing)
+    with use_abstract_mesh(mesh):
+        assert gradient_kernels(local, *arguments) == ["expert_mlp_gradient_fp4"]
+        assert gradient_kernels(layer, *arguments) == []
 
 
 def test_the_decoders_order_is_undone_exactly():
