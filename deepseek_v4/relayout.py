@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -120,3 +121,16 @@ class ExpertShards:
             return shard
 
         return from_bytes(jax.lax.all_gather(as_bytes(shard), self.names, axis=dim, tiled=True), shard.dtype)
+
+
+def scatter_tokens(x: jax.Array, names: Sequence[str]) -> jax.Array:
+    """x [B, S, ...] summed over mesh axes inside ``shard_map``, each device its share of the S tokens.
+
+    Along a leading dim and axis by axis: of all axes of a slice at once, and of rows that are one, the compiler for
+    TPUs (libtpu 0.0.42) makes all-reduces, of all tokens.
+    """
+    shards = jax.lax.axis_size(tuple(names))
+    blocks = jnp.moveaxis(x.reshape(x.shape[0], shards, -1, *x.shape[2:]), 1, 0)
+    for name in names:
+        blocks = jax.lax.psum_scatter(blocks, name, scatter_dimension=0, tiled=True)
+    return blocks[0]

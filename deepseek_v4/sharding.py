@@ -14,7 +14,7 @@ from deepseek_v4.config import Config
 from deepseek_v4.dispatch import BY_SIZE, Dispatch, Exchange, Precision, exchange_of
 from deepseek_v4.formats import ACTIVATION_BLOCK, FP4_BLOCK, FP8_BLOCK, as_bytes, from_bytes
 from deepseek_v4.nn.variables import Storage
-from deepseek_v4.relayout import ExpertShards, gather_weight, mesh_names, move, narrower
+from deepseek_v4.relayout import ExpertShards, gather_weight, mesh_names, move, narrower, scatter_tokens
 
 if TYPE_CHECKING:
     from deepseek_v4.parameters import ParameterSpec
@@ -331,7 +331,7 @@ class Placement:
             if form == "gather":
                 out = jax.lax.psum_scatter(out, travel, tiled=True)
             out = jax.lax.psum(out, summed) if summed else out
-            return jax.lax.psum_scatter(out, split, scatter_dimension=1, tiled=True) if split else out
+            return scatter_tokens(out, split) if split else out
 
         return jax.shard_map(
             shard,

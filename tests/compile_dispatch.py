@@ -1,10 +1,11 @@
-"""The dispatch form of the expert exchange compiled for four chips: prints JSON, the collectives of every program.
+"""What experts exchange, compiled for four chips: prints JSON, the collectives of every program.
 
 python tests/compile_dispatch.py v6e exact gradient
 
 Two and a half thousand tokens of a group, more than are gathered, go to sixteen experts on four devices: FP4 experts as
-inference runs them, of a precision, or the gradient of float32 masters or through packed experts. A program of its own
-(``abstract_devices``).
+inference runs them, of a precision, or the gradient of float32 masters or through packed experts; or, "scattered", the
+tokens of a row that is split between sublayers are on all devices, which have a half of half of the experts. A program
+of its own (``abstract_devices``).
 """
 
 import dataclasses
@@ -46,7 +47,8 @@ def weights(placement, packed):
 
 def run(placement, x, ids, routing, stored):
     def local(x, ids, routing, layer, *weights, **moved):
-        return expert_mlp(x, ids, routing, *weights, limit=10.0, **moved)
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x, ids, routing))
+        return expert_mlp(*flat, *weights, limit=10.0, **moved).reshape(x.shape)
 
     axes = [(names, None if scale is None else names) for names, (_, scale) in zip(AXES, stored, strict=True)]
     return placement.run_experts(local, x, ids, routing, jnp.asarray(0), stored, axes)
@@ -60,9 +62,24 @@ def packed_loss(placement, x, routing, stored, ids):
     return jnp.sum(run(placement, x, ids, routing, stored) ** 2)
 
 
+def scattered(devices):
+    placement = Placement.of(make_mesh("expert=2,tensor=2", devices))
+
+    def row(width, dtype):
+        return jax.ShapeDtypeStruct((1, TOKENS, width), dtype, sharding=placement.sharding(("batch", None, None)))
+
+    x, ids, routing = row(WIDTH, jnp.bfloat16), row(CHOICES, jnp.int32), row(CHOICES, jnp.float32)
+    with jax.set_mesh(placement.mesh):
+        call = jax.jit(functools.partial(run, placement))
+        return call.lower(x, ids, routing, weights(placement, packed=True)).compile()
+
+
 def programs(devices, names):
-    """(name, compiled program) of each name: a precision, "gradient", or "gradient-packed"."""
+    """(name, compiled program) of each name: a precision, "gradient", "gradient-packed" or "scattered"."""
     for name in names:
+        if name == "scattered":
+            yield name, scattered(devices)
+            continue
         precision = "exact" if name.startswith("gradient") else name
         placement = Placement.of(make_mesh("expert=4", devices), expert_parallel=True, expert_precision=precision)
 

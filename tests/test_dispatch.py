@@ -159,6 +159,16 @@ def test_the_twin_of_the_ragged_exchange_moves_what_it_says():
     np.testing.assert_array_equal(compiled(moved)(*map(jnp.asarray, arguments)), expected)
 
 
+def compiled_for(chip, *programs):
+    """Collectives by program and kind: see compile_dispatch.py."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, str(TESTS / "compile_dispatch.py"), chip, *programs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compiles(chip, package, *programs, slow=False):
     missing = importlib.util.find_spec(package) is None
     marks = [pytest.mark.skipif(missing, reason=f"{package} is not installed"), *([pytest.mark.slow] if slow else [])]
@@ -174,12 +184,7 @@ def compiles(chip, package, *programs, slow=False):
     ],
 )
 def test_real_compilers_keep_the_ragged_exchange_and_gather_no_experts(chip, programs):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, str(TESTS / "compile_dispatch.py"), chip, *programs]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled_programs = json.loads(done.stdout.splitlines()[-1])
+    compiled_programs = compiled_for(chip, *programs)
     assert set(compiled_programs) == set(programs)
     # A round of 4 * 640 * 4 rows of 1,024 numbers, on TPUs filled up to 512 bytes, and their weights; results, which
     # are added where they came from, of 640 * 4.
@@ -197,6 +202,14 @@ def test_real_compilers_keep_the_ragged_exchange_and_gather_no_experts(chip, pro
             sent, returned = sizes[name]
             assert moved["times"] == 3, name
             assert moved["bytes"] == rows * (-(-sent // tile) * tile + tile) + returned * results, name
+
+
+@pytest.mark.parametrize(("chip", "programs"), [compiles("v6e", "libtpu", "scattered")])
+def test_sums_of_experts_over_all_chips_are_scattered(chip, programs):
+    (found,) = compiled_for(chip, *programs).values()
+    # Half of a row's float32 sums, then a quarter of them; one all-reduce would be all of them.
+    assert set(found) == {"reduce-scatter"}
+    assert (found["reduce-scatter"]["times"], found["reduce-scatter"]["bytes"]) == (2, 2560 * 1024 * 4 * 3 / 4)
 
 
 def test_few_tokens_are_gathered_and_many_dispatched():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from small_models import small_config, small_model
 
 from deepseek_v4 import Config, Execution, MeshError, Model, Placement, Rules, make_mesh
@@ -18,6 +19,7 @@ from deepseek_v4.nn.variables import RELEASED, RELEASED_BASE
 from deepseek_v4.parameters import flatten
 from deepseek_v4.planning.program import collectives
 from deepseek_v4.positions import Training
+from deepseek_v4.relayout import scatter_tokens
 from deepseek_v4.sharding import check_placement, parse_mesh
 
 # One layer of every kind, both routers; sizes divide over every mesh below in whole scale blocks.
@@ -159,9 +161,10 @@ def test_rows_are_split_between_sublayers():
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
     of_all = 4 * rows * length
     # In three layers: sums of attention, routed and shared experts. Shared experts and attention's output projection
-    # are computed for half of the tokens already, and scattered over tensor alone.
-    assert found["reduce-scatter"].times == 3 * 3
-    assert found["reduce-scatter"].bytes == 3 * 3 * of_all * width // 4
+    # are computed for half of the tokens already, and scattered over tensor alone; routed experts to halves of all
+    # tokens, then to quarters.
+    assert found["reduce-scatter"].times == 3 * 4
+    assert found["reduce-scatter"].bytes == 3 * (1 + 1 + 2 + 1) * of_all * width // 4
     # Latents of queries and keys, those of compressors (HCA; CSA and its indexer), index weights, selected entries,
     # expert inputs with ids and weights; and once the weight [16, 256] that makes the index weights. XLA may join some,
     # or gather less.
@@ -178,6 +181,25 @@ def test_rows_are_split_between_sublayers():
     assert found["all-reduce"].times <= 4
     assert found["all-reduce"].largest <= of_all * width
     assert found["collective-permute"].bytes == 4 * rows * config.hc_mult * width
+
+
+def test_scattered_sums_and_their_gradients():
+    mesh, names = make_mesh("expert=2,tensor=2", jax.devices()[:4]), ("expert", "tensor")
+    parts = np.random.default_rng(0).normal(size=(4, 3, 8, 5)).astype(np.float32)
+
+    def scattered(parts):
+        def shard(part):
+            return scatter_tokens(part[0], names)
+
+        spec = PartitionSpec(names)
+        return jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(None, names), check_vma=False)(
+            parts
+        )
+
+    total = parts.sum(axis=0)
+    np.testing.assert_allclose(jax.jit(scattered)(parts), total, atol=1e-6, rtol=0)
+    gradient = jax.jit(jax.grad(lambda parts: jnp.sum(jnp.sin(scattered(parts)))))(parts)
+    np.testing.assert_allclose(gradient, np.broadcast_to(np.cos(total), parts.shape), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["flash", "pro", "flash-base", "pro-base"])

@@ -11,6 +11,7 @@ from flax import nnx
 from deepseek_v4.execution import Execution, dot_precision
 from deepseek_v4.formats import ACTIVATION_BLOCK, FP8_BLOCK, simulate_fp8
 from deepseek_v4.nn.variables import Packed, Storage, Weight, variable
+from deepseek_v4.relayout import scatter_tokens
 from pallas_kernels.block_scaled_matmul import block_scaled_matmul
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Linear(nnx.Module):
             groups = x.shape[-2] if grouped else 1
             out = block_scaled_matmul(x, weight, scale, groups=groups, implementation=execution.implementation)
             out = jax.lax.psum(out, sum_over) if sum_over else out
-            return jax.lax.psum_scatter(out, scatter, scatter_dimension=1, tiled=True) if scatter else out
+            return scatter_tokens(out, scatter) if scatter else out
 
         layout = functools.partial(_layout, x.ndim)
         x_axes = layout(rows.input, out_axis, in_axis) if grouped else layout(rows.input, in_axis)
