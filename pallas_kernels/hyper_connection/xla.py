@@ -77,8 +77,39 @@ def head_mix(streams, fn, scale, base, *, norm_eps, hc_eps):
 def _mixes(streams, fn, norm_eps):
     """Coefficients before their activations: the projection of all streams together, scaled by their joint RMS."""
     z = streams.astype(jnp.float32).reshape(*streams.shape[:-2], -1)
-    projected = jnp.einsum("...z,mz->...m", z, fn, precision=jax.lax.Precision.HIGHEST)
-    return projected * jax.lax.rsqrt(jnp.mean(jnp.square(z), axis=-1, keepdims=True) + norm_eps)
+    project = _project_split if streams.dtype == jnp.bfloat16 else _project
+    return project(z, fn) * jax.lax.rsqrt(jnp.mean(jnp.square(z), axis=-1, keepdims=True) + norm_eps)
+
+
+def _project(z, fn):
+    return jnp.einsum("...z,mz->...m", z, fn, precision=jax.lax.Precision.HIGHEST)
+
+
+_project_split = jax.custom_vjp(_project)
+"""The same, with a gradient of z that is one bfloat16 product: hardware of bfloat16 multiplies float32 in six passes,
+each of which pads the few rows of ``fn``; in one product they lie next to each other."""
+
+
+def _project_backward(saved, gradient):
+    z, fn = saved
+    left, right = _parts(gradient), _parts(fn)
+    # What is left out is below 2^-24 of a product.
+    pairs = [(left[i], right[j]) for i in range(3) for j in range(3 - i)]
+    together = [jnp.concatenate(parts, axis) for parts, axis in zip(zip(*pairs, strict=True), (-1, 0), strict=True)]
+    dz = jnp.einsum("...m,mz->...z", *together, preferred_element_type=jnp.float32)
+    return dz, jnp.einsum("...m,...z->mz", gradient, z, precision=jax.lax.Precision.HIGHEST)
+
+
+_project_split.defvjp(lambda z, fn: (_project(z, fn), (z, fn)), _project_backward)
+
+
+def _parts(x):
+    """Three bfloat16 arrays whose sum is the float32 ``x``, largest first (not casts, which compilers may undo)."""
+    parts = []
+    for _ in range(3):
+        parts.append(jax.lax.reduce_precision(x, 8, 7))
+        x = x - parts[-1]
+    return [part.astype(jnp.bfloat16) for part in parts]
 
 
 @jax.custom_vjp

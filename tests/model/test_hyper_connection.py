@@ -95,6 +95,25 @@ def test_coefficients_of_bfloat16_streams_are_float32() -> None:
     np.testing.assert_allclose(x, expected_x, rtol=2**-8, atol=1e-4)
 
 
+def test_gradients_of_bfloat16_streams_are_those_of_float32_sums() -> None:
+    """Of weights, and of streams up to the rounding of the result, as float32 arithmetic on the same values has it."""
+    values = tensors()
+    weights = device(values, "layer_fn", "layer_scale", "layer_base")
+    constants = {"sinkhorn_iters": 20, "norm_eps": 1e-6, "hc_eps": 1e-6}
+
+    def loss(streams, fn):
+        _, post, comb = pre_mix(streams, fn, *weights[1:], **constants)
+        return jnp.sum(jnp.sin(jnp.arange(post.size).reshape(post.shape)) * post) + jnp.sum(comb[..., 0] ** 2)
+
+    streams = jnp.asarray(values["streams"], jnp.bfloat16)[None]
+    found = jax.grad(loss, (0, 1))(streams, weights[0])
+    wanted = jax.grad(loss, (0, 1))(streams.astype(jnp.float32), weights[0])
+    size = float(jnp.max(jnp.abs(wanted[0])))
+    # One rounding to bfloat16's eight bits; the order of float32 sums.
+    np.testing.assert_allclose(found[0].astype(jnp.float32), wanted[0], rtol=2**-8, atol=2**-18 * size)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=0, atol=2**-18 * float(jnp.max(jnp.abs(wanted[1]))))
+
+
 def test_one_stream_of_any_size_is_normalised_with_the_others() -> None:
     """The root mean square runs over all n * d values: scaling every stream alike changes nothing, one alone does."""
     values = tensors()
