@@ -442,6 +442,9 @@ class Model:
 
 def _rows(streams: jax.Array, index: jax.Array) -> jax.Array:
     """Of streams [B, S, n, d] the tokens index [B, R]: [B, R, n, d]."""
+    if streams.shape[1] == 1:
+        # Nothing to look up, for which libtpu 0.0.42 may want more vector memory than there is.
+        return jnp.broadcast_to(streams, (*index.shape, *streams.shape[2:]))
     return jnp.take_along_axis(streams, index[:, :, None, None], axis=1)
 
 
