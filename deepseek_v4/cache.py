@@ -25,9 +25,12 @@ from deepseek_v4.stored_rows import (
     KeyRows,
     KVColumns,
     KVRows,
+    KVWords,
+    halves_of_words,
     layer_of,
     put_columns,
     unpacked,
+    words_of_halves,
 )
 
 ENTRIES = ("entries", "index_entries")
@@ -36,7 +39,7 @@ ENTRIES = ("entries", "index_entries")
 ENTRY_LAYOUTS = ("plain", "words", "published", "columns")
 """How rows are stored: in the activation dtype; compressed entries as uint32 words (``formats.pack_words``); window
 rows and entries as ``KVRows`` and index keys as ``KeyRows``, the bytes of the release; or the same bytes of entries and
-keys as TPU kernels read them in place, ``KVColumns`` and ``KeyColumns``, as far as they do."""
+keys as TPU kernels read them in place, ``KVColumns``, ``KVWords`` and ``KeyColumns``."""
 
 
 _TILE_ROWS = 16
@@ -63,9 +66,9 @@ def layer_cache_shapes(
     same bfloat16 numbers in the same bytes, addressable row by row by TPU kernels; rows of all arrays are then rounded
     up to whole tiles, without which XLA would keep them in an order that kernels cannot read in place. "published"
     gives ``KVRows`` and ``KeyRows`` of such pairs; "columns" ``KeyColumns``, ``KVColumns`` of entries that are read one
-    after the other and ``KVRows`` of those that are selected, all rounded up to whole tiles of columns, and windows,
-    whose size is fixed, as they are. ``shards`` devices hold equal ranges of the entries, for which their rows are
-    rounded up too.
+    after the other and ``KVWords`` of those that are selected (``KVRows`` where a width has no words), all rounded up
+    to whole tiles of columns, and windows, whose size is fixed, as they are. ``shards`` devices hold equal ranges of
+    the entries, for which their rows are rounded up too.
     Raises ``ValueError`` for an unknown layout, or for words of another dtype than bfloat16.
     """
     dtype = jnp.dtype(dtype)
@@ -85,6 +88,10 @@ def layer_cache_shapes(
         if layout == "columns" and not selected:
             words = (content // 4, rope // 2, -(-scales // 4))
             return KVColumns(*(((count, rows), jnp.dtype(jnp.uint32)) for count in words))
+        if layout == "columns" and KVWords.holds(config.head_dim, rope):
+            width = config.head_dim // 4
+            shared = rows * rope // (2 * width)
+            return KVWords(*(((count, width), jnp.dtype(jnp.uint32)) for count in (rows, shared)))
         scales += -(content + 2 * rope + scales) % 8
         return KVRows(
             ((rows, content), jnp.dtype(jnp.float8_e4m3fn)),
@@ -164,11 +171,50 @@ def entries_write(
         return _write_columns(entries, layer, first, complete, rows, rows_over)
     if not isinstance(entries, STORED) and entries.dtype == jnp.uint32:
         rows = pack_words(rows)
-    slots = first[:, None] + jnp.arange(rows.shape[1])
     if rows_over:
-        slots -= lax.axis_index(rows_over) * entries.shape[2]
-        complete &= slots >= 0
-    return _write_rows(entries, layer, jnp.where(complete, slots, entries.shape[2]), rows)
+        first = first - lax.axis_index(rows_over) * entries.shape[2]
+    slots = first[:, None] + jnp.arange(rows.shape[1])
+    complete &= slots >= 0
+    slots = jnp.where(complete, slots, entries.shape[2])
+    if isinstance(entries, KVWords):
+        words, rope = entries.pack_each(rows)
+        return KVWords(
+            _write_rows(entries.entry_words, layer, slots, words),
+            _write_shared(entries.shared_rope_words, layer, first, complete, rope),
+        )
+    return _write_rows(entries, layer, slots, rows)
+
+
+def _write_shared(store, layer, first, complete, parts):
+    """Writes ``parts`` [B, W, r], 16-bit numbers of positions from ``first`` on, to rows [n, B, R, w] of 2 w / r each.
+
+    Rows are read, their parts replaced where ``complete`` [B, W], and written back.
+    """
+    width, size = parts.shape[1:]
+    sharing = 2 * store.shape[-1] // size
+    index = (first // sharing)[:, None] + jnp.arange((width + sharing - 2) // sharing + 1)
+    at = index[..., None] * sharing + jnp.arange(sharing) - first[:, None, None]
+    source = jnp.clip(at, 0, width - 1).reshape(at.shape[0], -1)
+    new = jnp.take_along_axis(parts, source[..., None], axis=1).reshape(*at.shape, size)
+    replaced = (at >= 0) & (at < width) & jnp.take_along_axis(complete, source, axis=1).reshape(at.shape)
+    old = halves_of_words(_read_rows(store, layer, index)).reshape(new.shape)
+    merged = words_of_halves(jnp.where(replaced[..., None], new, old).reshape(*index.shape, -1))
+    return _write_rows(store, layer, jnp.where(jnp.any(replaced, axis=-1), index, store.shape[2]), merged)
+
+
+def _read_rows(store: jax.Array, layer: jax.Array | int, slots: jax.Array) -> jax.Array:
+    """Rows store[layer, b, slots[b, i]] as [B, i, w]; of slots out of range, some row. Spelled as ``_write_rows``."""
+    layers = jnp.broadcast_to(jnp.asarray(layer, slots.dtype), slots.shape)
+    dims = lax.GatherDimensionNumbers(
+        offset_dims=(2,),
+        collapsed_slice_dims=(0, 2),
+        start_index_map=(0, 2),
+        operand_batching_dims=(1,),
+        start_indices_batching_dims=(0,),
+    )
+    sizes = (1, 1, 1, store.shape[-1])
+    starts = jnp.stack([layers, slots], axis=-1)
+    return lax.gather(store, starts, dims, sizes, mode=lax.GatherScatterMode.CLIP)
 
 
 def _write_columns(entries, layer, first, complete, rows, rows_over):

@@ -43,7 +43,11 @@ def decode_e8m0(scale: jax.Array) -> jax.Array:
     Byte 0 is 2^-127, a float32 subnormal that a backend may flush to zero when it is used.
     """
     byte = scale if scale.dtype == jnp.uint8 else lax.bitcast_convert_type(scale, jnp.uint8)
-    byte = byte.astype(jnp.uint32)
+    return e8m0_to_float(byte.astype(jnp.uint32))
+
+
+def e8m0_to_float(byte: jax.Array) -> jax.Array:
+    """``decode_e8m0`` of bytes in uint32, inside kernels as outside."""
     bits = jnp.where(byte == 0, jnp.uint32(1 << 22), byte << 23)
     bits = jnp.where(byte == 255, jnp.uint32(0x7FC00000), bits)
     return lax.bitcast_convert_type(bits, jnp.float32)

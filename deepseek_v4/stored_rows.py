@@ -3,7 +3,7 @@
 A form is a tuple of arrays that knows how numbers become it (``pack``) and it becomes numbers (``unpack``). ``KVRows``
 and ``KeyRows`` hold a row per position, as memory of CPUs and GPUs likes it. ``KVColumns`` and ``KeyColumns`` hold the
 same bytes with positions along the last dim, which is how TPUs keep narrow rows without padding, and how their matrix
-units want keys.
+units want keys. ``KVWords`` holds them in rows that TPUs can fetch one by one.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from deepseek_v4.formats import (
     FP4_BLOCK,
@@ -23,7 +24,9 @@ from deepseek_v4.formats import (
     pack_e2m1,
     quantize_fp4_rows,
     quantize_fp8_rows,
+    unpack_words,
 )
+from pallas_kernels.targets import current_chip
 
 COLUMN_TILE = 128
 """Positions of a tile: stores in columns hold a multiple of it."""
@@ -131,6 +134,11 @@ class KVColumns(NamedTuple):
         *lead, words, columns = self.kv_words.shape
         return (*lead, columns, 4 * words + 2 * self.rope_words.shape[-2])
 
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of a column."""
+        return 4 * sum(words.shape[-2] for words in self)
+
     def pack(self, rows: jax.Array) -> "KVColumns":
         """``rows`` [..., W, c] in this form, W columns; exact for rows that went through ``simulate_kv``."""
         content, rope = jnp.split(rows, [4 * self.kv_words.shape[-2]], axis=-1)
@@ -153,6 +161,98 @@ class KVColumns(NamedTuple):
         return jnp.concatenate([content, rope.astype(dtype)], axis=-1)
 
 
+class KVWords(NamedTuple):
+    """KV rows as published, in rows of c / 4 uint32 words that TPUs fetch one by one: an entry's own and one it shares.
+
+    ``entry_words`` [..., T, c / 4] hold the E4M3 codes of c - r channels, the E8M0 scales per 64 codes, then zeros:
+    byte j of word l is byte j c / 4 + l of these. ``shared_rope_words`` [..., T / n, c / 4] hold the BF16 RoPE dims of
+    n = c / (2 r) entries, one after the other as ``formats.pack_words`` packs them. Transfers move multiples of 512
+    bytes (128 words, a row at c = 512): the 584 bytes of an entry cross in two rows wherever they lie. An entry takes
+    c + 2 r bytes, 640 of which 584 are published.
+    """
+
+    entry_words: Any
+    shared_rope_words: Any
+
+    @staticmethod
+    def holds(width: int, rope: int) -> bool:
+        """Whether rows of ``width`` channels, ``rope`` of which turn, have this form."""
+        return width % 4 == 0 and (width // 4) % rope == 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the rows they stand for, [..., T, c]."""
+        return (*self.entry_words.shape[:-1], 4 * self.entry_words.shape[-1])
+
+    @property
+    def sharing(self) -> int:
+        """Entries that share a row of RoPE dims."""
+        return self.entry_words.shape[-2] // self.shared_rope_words.shape[-2]
+
+    @property
+    def rope_dims(self) -> int:
+        """The RoPE dims r of a row."""
+        return 2 * self.entry_words.shape[-1] // self.sharing
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of the two rows that an entry takes part in."""
+        return 2 * 4 * self.entry_words.shape[-1]
+
+    def pack(self, rows: jax.Array) -> "KVWords":
+        """``rows`` [..., W, c] in this form, W a multiple of ``sharing``; exact for rows from ``simulate_kv``."""
+        words, rope = self.pack_each(rows)
+        return KVWords(words, words_of_halves(rope.reshape(*rope.shape[:-2], -1, 2 * words.shape[-1])))
+
+    def pack_each(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of ``rows`` [..., c] entry words [..., c / 4] and the bits of RoPE dims [..., r], uint32 below 2^16."""
+        content, rope = jnp.split(rows, [rows.shape[-1] - self.rope_dims], axis=-1)
+        codes, scales = quantize_fp8_rows(content, KV_BLOCK)
+        parts = [lax.bitcast_convert_type(part, jnp.uint8) for part in (codes, encode_e8m0(scales))]
+        stored = jnp.concatenate(parts, axis=-1).astype(jnp.uint32)
+        stored = jnp.pad(stored, [(0, 0)] * (rows.ndim - 1) + [(0, rows.shape[-1] - stored.shape[-1])])
+        planes = jnp.split(stored, 4, axis=-1)
+        rope = lax.bitcast_convert_type(rope.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+        return planes[0] | planes[1] << 8 | planes[2] << 16 | planes[3] << 24, rope
+
+    def unpack(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The rows [..., T, c] in ``dtype``, in which every code times its scale is exact."""
+        rope = unpack_words(self.shared_rope_words)
+        rope = rope.reshape(*self.entry_words.shape[:-1], self.rope_dims)
+        return self._published(self.entry_words, rope).unpack(dtype)
+
+    def take(self, index: jax.Array) -> KVRows:
+        """The rows ``index`` [B, ...] of this store [B, T, c], as published."""
+        words, shared = (
+            jax.vmap(lambda of_row, at: of_row[at])(part, index // n)
+            for part, n in zip(self, (1, self.sharing), strict=True)
+        )
+        rope = unpack_words(shared).reshape(*index.shape, self.sharing, self.rope_dims)
+        rope = jnp.take_along_axis(rope, (index % self.sharing)[..., None, None], axis=-2)
+        return self._published(words, rope[..., 0, :])
+
+    def _published(self, words: jax.Array, rope: jax.Array) -> KVRows:
+        stored = jnp.concatenate([(words >> (8 * j)).astype(jnp.uint8) for j in range(4)], axis=-1)
+        content = stored.shape[-1] - rope.shape[-1]
+        codes, scales = stored[..., :content], stored[..., content : content + -(-content // KV_BLOCK)]
+        return KVRows(
+            lax.bitcast_convert_type(codes, jnp.float8_e4m3fn),
+            rope,
+            lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu),
+        )
+
+
+def words_of_halves(halves: jax.Array) -> jax.Array:
+    """16-bit numbers [..., 2 n] (uint32) to words [..., n]: number l low and number l + n high."""
+    low, high = jnp.split(halves, 2, axis=-1)
+    return low | high << 16
+
+
+def halves_of_words(words: jax.Array) -> jax.Array:
+    """The inverse of ``words_of_halves``."""
+    return jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)
+
+
 def _to_columns(rows: jax.Array) -> jax.Array:
     """Bytes [..., W, 4 n] to uint32 words [..., n, W], the first byte lowest."""
     words = rows.reshape(*rows.shape[:-1], -1, 4).astype(jnp.uint32) << jnp.array([0, 8, 16, 24], jnp.uint32)
@@ -165,7 +265,7 @@ def _from_columns(words: jax.Array) -> jax.Array:
     return words.astype(jnp.uint8).reshape(*words.shape[:-2], -1)
 
 
-STORED = (KVRows, KeyRows, KVColumns, KeyColumns)
+STORED = (KVRows, KeyRows, KVColumns, KeyColumns, KVWords)
 """The forms."""
 
 COLUMNS = (KVColumns, KeyColumns)
@@ -200,6 +300,11 @@ def positions_axis(path: Any) -> int:
     return 3 if any(getattr(key, "name", None) in columns for key in path) else 2
 
 
+def positions_in_row(path: Any, width: int, rope: int) -> int:
+    """Positions that a row, or column, of such an array holds; KV rows are of ``width``, of which ``rope`` turn."""
+    return width // (2 * rope) if any(getattr(key, "name", None) == "shared_rope_words" for key in path) else 1
+
+
 def put_columns(store: Any, lead: tuple[Any, Any], first: jax.Array, kept: jax.Array, columns: Any) -> Any:
     """The store [n, B, .., T] with ``columns`` [n', B', .., W] at ``lead`` of its first two axes, from ``first`` on.
 
@@ -220,4 +325,9 @@ def _put_columns(store, lead, first, kept, new):
     kept = lax.dynamic_slice_in_dim(jnp.pad(kept, slab), offset, slab)
     start = (*lead, 0, at)
     old = lax.dynamic_slice(store, start, new.shape)
-    return lax.dynamic_update_slice(store, jnp.where(kept, new, old), start)
+    new = jnp.where(kept, new, old)
+    chip = current_chip()
+    if chip is not None and chip.platform == "tpu":
+        # XLA would rather turn the whole store, padded, than the new columns.
+        new = with_layout_constraint(new, Layout(tuple(range(store.ndim))))
+    return lax.dynamic_update_slice(store, new, start)

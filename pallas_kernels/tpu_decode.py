@@ -142,6 +142,19 @@ def e4m3_to_e4m3b11(words: jax.Array) -> jax.Array:
     return words & (((words & magnitude) + magnitude) | magnitude)
 
 
+def e4m3_of_words(words: jax.Array, byte: int) -> jax.Array:
+    """Byte ``byte`` of uint32 words, an E4M3 code, as float32 in the same place; exact for all 256 codes."""
+    # Shifted down with its sign and masked, a code is a float32 whose exponent lacks the difference of the biases.
+    shifted = lax.bitcast_convert_type(words << (24 - 8 * byte), jnp.int32) >> 4
+    bits = lax.bitcast_convert_type(shifted, jnp.uint32) & jnp.uint32(0x87F00000)
+    sign = bits & jnp.uint32(0x80000000)
+    normal = lax.bitcast_convert_type(bits + jnp.uint32((127 - 7) << 23), jnp.float32)
+    # With exponent 0 a code has no leading one, and the exponent of 1: twice that, less the one.
+    one = lax.bitcast_convert_type(sign | jnp.uint32((127 - 6) << 23), jnp.float32)
+    value = jnp.where((bits & jnp.uint32(0x07800000)) == 0, (normal + normal) - one, normal)
+    return jnp.where((bits & jnp.uint32(0x07F00000)) == 0x07F00000, jnp.nan, value)
+
+
 def paired_rows(words, start, rows: int, columns=slice(None)) -> jax.Array:
     """Rows start .. start + rows (even numbers) of a decoded tile, a ref uint32 [N/2, C], as bfloat16 [rows, C]."""
     half = start // 2 if isinstance(start, int) else pl.multiple_of(start // 2, rows // 2)

@@ -28,7 +28,7 @@ from deepseek_v4.cache import ENTRIES
 from deepseek_v4.checkpoint.orbax_directory import write_atomically
 from deepseek_v4.engine.state import State, placed, stacked
 from deepseek_v4.model import Model
-from deepseek_v4.stored_rows import positions_axis, put_columns
+from deepseek_v4.stored_rows import positions_axis, positions_in_row, put_columns
 
 UNIT_STEP = 128
 """Units are multiples of this many tokens: the longest window that a layer compresses."""
@@ -302,7 +302,8 @@ def _programs(model: Model) -> _Programs:
         if not any(name in ENTRIES for name in names):
             return None
         _, group, member = names[:3]
-        return ratios[group, member]
+        sharing = positions_in_row(path, model.config.head_dim, model.config.qk_rope_head_dim)
+        return ratios[group, member] * sharing
 
     def leaves(state: State):
         return [(path, leaf) for path, leaf in jax.tree.leaves_with_path(state["cache"]) if path[0].key != "position"]

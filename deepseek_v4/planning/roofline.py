@@ -327,7 +327,8 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
     ratio = spec.compress_ratio
     selected = min(config.index_topk, context // ratio) if spec.indexer else (context // ratio if ratio else 0)
     selected = -(-selected // setting.placement.size("entries"))
-    # Where kernels read them in the bytes of the release, on TPUs; elsewhere they are decoded first.
+    # Where kernels read them in the bytes of the release, on TPUs; elsewhere they are decoded first. Those that are
+    # selected cross in two rows of words, which are as many bytes as bfloat16 takes.
     columns = work.cache == "fp8" and setting.scores_stay and not spec.indexer
     cost = attention_cost(
         batch=setting.rows,

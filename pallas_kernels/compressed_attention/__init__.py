@@ -60,7 +60,7 @@ def compressed_attention(
     ones. Rows of ``entries`` at or beyond a batch row's largest count may hold anything, NaN included. Entries are
     plain, or uint32 [n, B, T, c/2] as ``deepseek_v4.formats.pack_words`` makes them, which TPU kernels read in place.
     Entries and ring may also be ``KVRows`` of ``deepseek_v4.stored_rows``, which no kernel serves, and entries
-    ``KVColumns``, which the dense kernel for TPUs reads in place.
+    ``KVColumns`` where all are seen and ``KVWords`` where they are selected, which kernels for TPUs read in place.
 
     With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4.formats import KV_BLOCK
-from deepseek_v4.stored_rows import COLUMN_TILE, KVColumns
+from deepseek_v4.stored_rows import COLUMN_TILE, KVColumns, KVWords
 from pallas_kernels.compressed_attention import blocks, compressed_attention, gpu, tpu, tpu_common, training_cases
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
@@ -21,6 +21,8 @@ _LAYERS = 2
 
 _CI = {
     "flash/csa/decode/64x128K",
+    "flash/csa-fp8/decode/64x1M",
+    "pro/csa-fp8/prefill/2048x1M",
     "flash/hca/decode/64x1M",
     "flash/hca-fp8/decode/64x1M",
     "pro/hca-fp8/prefill/2048x1M",
@@ -31,7 +33,8 @@ _CI = {
 
 
 def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, context: int) -> Case:
-    ratio = {"csa": model.csa_ratio, "hca": model.hca_ratio, "hca-fp8": model.hca_ratio, "swa": 0}[kind]
+    of, _, fp8 = kind.partition("-")
+    ratio = {"csa": model.csa_ratio, "hca": model.hca_ratio, "swa": 0}[of]
     batch = rows if phase == "decode" else 1
     bf16, i32 = jnp.bfloat16, jnp.int32
     # As the cache lays its ring out for kernels: room to roll several queries back, whole tiles.
@@ -51,17 +54,16 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
     selected = 0
     if ratio:
         total = context // ratio
-        selected = min(model.topk, total) if kind == "csa" else total
+        selected = min(model.topk, total) if of == "csa" else total
         arguments["entries"] = _stored(model, kind, batch, total)
         arguments["counts"] = jax.ShapeDtypeStruct((batch, queries), i32)
         split |= {"entries": 1, "counts": 0}
-        if kind == "csa":
+        if of == "csa":
             arguments["indices"] = jax.ShapeDtypeStruct((batch, queries, selected), i32)
             split["indices"] = 0
     width = f"{rows}x{context_name(context)}" if phase == "decode" else f"{queries}x{context_name(context)}"
     extra = f"x{queries}" if phase == "decode" and queries > 1 else ""
     name = f"{model.name}/{kind}/{phase}/{width}{extra}"
-    columns = arguments["entries"] if kind == "hca-fp8" else ()
     cost = attention_cost(
         batch=batch,
         length=queries,
@@ -69,10 +71,10 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
         width=model.head_dim,
         window=model.window,
         entries=selected,
-        indices=kind == "csa",
+        indices=of == "csa",
         causal_ratio=ratio,
         context=context,
-        entry_bytes=4 * sum(part.shape[2] for part in columns) if columns else None,
+        entry_bytes=arguments["entries"].fetched_bytes if fp8 else None,
     )
     return Case(
         name=name,
@@ -83,12 +85,17 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
         temporaries_limit=16 * MIB,
         representative=name in _CI,
         split=split,
-        values=functools.partial(_values, batch, queries, context, ratio, selected if kind == "csa" else 0),
+        values=functools.partial(_values, batch, queries, context, ratio, selected if of == "csa" else 0),
     )
 
 
 def _stored(model: ModelShape, kind: str, batch: int, total: int) -> Any:
-    """Entries as words of bfloat16, or in the bytes of the release by columns, of which there are whole tiles."""
+    """Entries as words of bfloat16, or in the bytes of the release: as words, or by columns, of which whole tiles."""
+    if kind == "csa-fp8":
+        words = (model.head_dim // 4, total * 2 * model.rope_dims // model.head_dim)
+        return KVWords(
+            *(jax.ShapeDtypeStruct((_LAYERS, batch, count, words[0]), jnp.uint32) for count in (total, words[1]))
+        )
     if kind != "hca-fp8":
         return jax.ShapeDtypeStruct((_LAYERS, batch, total, model.head_dim // 2), jnp.uint32)
     content, rope = model.head_dim - model.rope_dims, model.rope_dims
@@ -117,7 +124,7 @@ def cases() -> tuple[Case, ...]:
     """Decode of 1, 64 and 256 rows and prefill of 2,048 queries at every context, of both models and all kinds."""
     found = []
     for model in MODELS:
-        for kind in ("csa", "hca", "hca-fp8"):
+        for kind in ("csa", "csa-fp8", "hca", "hca-fp8"):
             for context in CONTEXTS:
                 found += [_case(model, kind, "decode", rows, 1, context) for rows in DECODE_ROWS]
                 found.append(_case(model, kind, "prefill", 1, PREFILL_QUERIES, context))

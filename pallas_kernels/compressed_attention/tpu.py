@@ -1,7 +1,8 @@
 """The TPU implementation of ``compressed_attention``: which kernel serves a call, with which block sizes.
 
-Entries are read where they lie, as words (``deepseek_v4.formats.pack_words``) or as float32; plain bfloat16 entries,
-which cannot be gathered by rows, are packed first, at the cost of a copy, so caches should be kept as words.
+Entries are read where they lie: as words (``deepseek_v4.formats.pack_words``), as float32, or in released bytes as
+``KVColumns`` where all are seen and as ``KVWords`` where they are selected. Plain bfloat16 entries, which cannot be
+gathered by rows, are packed first, at the cost of a copy, so caches should be kept as words.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_v4.cache import ring_read
 from deepseek_v4.formats import pack_words
-from deepseek_v4.stored_rows import KVColumns
+from deepseek_v4.stored_rows import KVColumns, KVWords
 from pallas_kernels.compressed_attention.blocks import shape_class
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.compressed_attention.tpu_common import LANES, Plan, Tiles
@@ -32,13 +33,19 @@ _MAX_QUERIES = 1 << 16
 def unserved(q: Any, entries: Any, indices: Any, window_size: int, *, compiled: bool = True) -> str | None:
     """Why the kernel cannot serve arguments of these shapes and types, or None. ``compiled``: not interpreted."""
     batch, length, heads, width = q.shape
-    columns = isinstance(entries, KVColumns)
+    columns, words = isinstance(entries, KVColumns), isinstance(entries, KVWords)
     if columns and indices is not None:
         return "selected entries in columns"
+    if words and indices is None:
+        return "entries in words of released bytes that are not selected"
+    if words and compiled and width % (4 * LANES):
+        return f"released bytes of head_dim {width}, which is not a multiple of {4 * LANES}"
     if columns and (entries.shape[2] == 0 or entries.shape[2] % LANES):
         return f"{entries.shape[2]} columns of entries are not a multiple of {LANES}"
-    if reason := unserved_types(q, None if columns else entries):
+    if reason := unserved_types(q, None if columns or words else entries):
         return reason
+    if words and entries.shape[2] == 0:
+        return "a cache without rows"
     if indices is not None and batch * length > _MAX_QUERIES:
         return f"{batch * length} queries in one call, at most {_MAX_QUERIES}"
     if window_size - 1 > Tiles.query_block and length > Tiles.decode_queries:
@@ -88,9 +95,11 @@ def _run(
     batch, length, heads, width = q.shape
     chip = None if interpret else current_chip()
     tiles = tiles or tuned("compressed_attention", chip, shape_class(heads), Tiles())
-    columns = isinstance(entries, KVColumns)
-    if entries is not None and not columns and entries.dtype == jnp.bfloat16:
-        entries = pack_words(entries)
+    columns, words = isinstance(entries, KVColumns), entries if isinstance(entries, KVWords) else None
+    entry_dtype: Any = None if entries is None or columns else jnp.dtype(jnp.uint32)
+    if isinstance(entries, jax.Array):
+        entries = pack_words(entries) if entries.dtype == jnp.bfloat16 else entries
+        entry_dtype = entries.dtype
     window = window.astype(q.dtype)
     decode = length <= tiles.decode_queries
     gather = indices is not None
@@ -116,7 +125,7 @@ def _run(
         source=source,
         ring_rows=ring.shape[2] if ring is not None and source == "ring" else 0,
         entry_rows=0 if entries is None else entries.shape[2],
-        entry_dtype=None if entries is None or columns else entries.dtype,
+        entry_dtype=entry_dtype,
         query_block=query_block,
         head_block=head_block,
         product_rows=queries * head_block,
@@ -126,6 +135,7 @@ def _run(
         interpreted=bool(interpret),
         partial=partial,
         columns=columns,
+        rope_dims=0 if words is None else words.rope_dims,
         native_fp8=chip is not None and "float8_e4m3fn" in chip.peak,
     )
     steps = batch * length if gather else batch * plan.query_blocks * plan.head_blocks
@@ -141,6 +151,7 @@ def _run(
         entries=plan.entry_rows if indices is None else indices.shape[-1],
         indices=gather,
         itemsize=q.dtype.itemsize,
+        entry_bytes=None if words is None else words.fetched_bytes,
     )
     estimate = pl.CostEstimate(
         flops=cost.total_operations,

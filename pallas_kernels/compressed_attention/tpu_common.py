@@ -58,7 +58,8 @@ class Plan:
     ``source`` is "ring" (the cache's ring and the S new rows), "whole" (all rows of all queries in one array) or
     "blocks" (prefill: the rows before the call and the S new rows, two query blocks at a time). ``entry_rows`` is T of
     the cache, 0 where there are no entries; ``columns``: they are ``KVColumns``, whose codes a chip with ``native_fp8``
-    converts itself. ``partial`` softmaxes are not divided by their sums.
+    converts itself; ``rope_dims``: those of a row where they are ``KVWords``, else 0. ``partial`` softmaxes are not
+    divided by their sums.
     """
 
     batch: int
@@ -79,6 +80,7 @@ class Plan:
     chunk: int
     group: int
     columns: bool = False
+    rope_dims: int = 0
     native_fp8: bool = False
     cores: int = 1
     interpreted: bool = False
@@ -105,7 +107,9 @@ class Plan:
 
     @property
     def entry_width(self) -> int:
-        """Elements of a stored entry: c, or c/2 words."""
+        """Elements of a row of stored entries: c, or c/2 words, or c/4 of ``KVWords``."""
+        if self.rope_dims:
+            return self.width // 4
         return self.width // 2 if self.entry_dtype == jnp.uint32 else self.width
 
 

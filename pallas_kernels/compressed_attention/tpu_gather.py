@@ -3,6 +3,7 @@
 One step of the grid is one query with all of its heads. Selected entries stay in HBM until they are wanted: one
 transfer per row, ``group`` of them per wait, two blocks in flight, the first block of the next query requested during
 the last of this one. The indices of this query and the next are in scalar memory, and no other query's are.
+Entries in released bytes lie in two rows (``deepseek_v4.stored_rows.KVWords``), which are two transfers.
 """
 
 import functools
@@ -14,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from deepseek_v4.stored_rows import KVWords
 from pallas_kernels.compressed_attention.tpu_common import (
     ROW_TILE,
     Plan,
@@ -29,6 +31,7 @@ from pallas_kernels.compressed_attention.tpu_common import (
     unpack,
 )
 from pallas_kernels.compressed_attention.tpu_dense import window_specs
+from pallas_kernels.compressed_attention.tpu_words import decode_block
 
 
 def gather_attention(
@@ -38,7 +41,7 @@ def gather_attention(
     sink: jax.Array,
     start: jax.Array,
     layer: jax.Array,
-    entries: jax.Array,
+    entries: jax.Array | KVWords,
     indices: jax.Array,
     *,
     cost: pl.CostEstimate | None,
@@ -47,6 +50,9 @@ def gather_attention(
     """q [B, S, H, c] to ``results``; ``windows`` as the plan's source says, layer [1], the rest as the public op."""
     p = plan
     queries = p.batch * p.length
+    parts = tuple(entries) if isinstance(entries, KVWords) else (entries,)
+    # Entries of a row of each part.
+    sharing = tuple(p.entry_rows // part.shape[2] for part in parts)
     blocks = -(-indices.shape[-1] // p.block)
     padding = blocks * p.block - indices.shape[-1]
     # -1 may lie anywhere; what follows the last index is not visited.
@@ -81,7 +87,7 @@ def gather_attention(
     q_spec = pl.BlockSpec((1, 1, p.heads, p.width), query)
     out_specs, out_shape = results(p, (1, p.heads), query)
     return pl.pallas_call(
-        functools.partial(_kernel, p, steps, item, len(windows)),
+        functools.partial(_kernel, p, steps, item, len(windows), sharing),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(p.cores, steps),
@@ -92,7 +98,7 @@ def gather_attention(
                 pl.BlockSpec((p.heads, 1), lambda core, step, layer, start, used: (0, 0)),
                 q_spec,
                 *window_specs(p, index, windows),
-                pl.BlockSpec(memory_space=pltpu.HBM),
+                *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(parts),
             ],
             out_specs=out_specs,
             scratch_shapes=[
@@ -100,7 +106,8 @@ def gather_attention(
                 pltpu.VMEM((p.heads, 1), jnp.float32),
                 pltpu.VMEM((p.heads, 1), jnp.float32),
                 pltpu.VMEM((p.heads, p.width), jnp.float32),
-                pltpu.VMEM((2, p.block, p.entry_width), p.entry_dtype),
+                *[pltpu.VMEM((2, p.block, p.entry_width), p.entry_dtype)] * len(parts),
+                *[pltpu.VMEM((p.block, p.width), q.dtype)] * bool(p.rope_dims),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SMEM((1,), jnp.int32),
             ],
@@ -110,7 +117,7 @@ def gather_attention(
         cost_estimate=cost,
         interpret=interpret,
         name="compressed_attention_gather",
-    )(layer, start, used, indices, indices, indices, sink.astype(jnp.float32)[:, None], q, *windows, entries)
+    )(layer, start, used, indices, indices, indices, sink.astype(jnp.float32)[:, None], q, *windows, *parts)
 
 
 def window_view(plan: Plan) -> int:
@@ -120,13 +127,24 @@ def window_view(plan: Plan) -> int:
     return min(plan.window_rows, -(-(plan.window_size + ROW_TILE - 1) // ROW_TILE) * ROW_TILE)
 
 
-def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_ref, used_ref, *all_refs):
+def _kernel(
+    plan: Plan,
+    steps: int,
+    item,
+    window_count: int,
+    sharing: tuple[int, ...],
+    layer_ref,
+    start_ref,
+    used_ref,
+    *all_refs,
+):
     p = plan
     chosen, chosen_next, chosen_mask, sink, q, *refs = all_refs
     windows, refs = refs[:window_count], refs[window_count:]
-    entries, *refs = refs
+    entries, refs = refs[: len(sharing)], refs[len(sharing) :]
     out, refs = (refs[:2], refs[2:]) if p.partial else (refs[:1], refs[1:])
-    window, high, total, acc, stored, semaphores, slot = refs
+    window, high, total, acc, *refs = refs
+    stored, (*decoded, semaphores, slot) = refs[: len(sharing)], refs[len(sharing) :]
     core, step = pl.program_id(0), pl.program_id(1)
     flat = core * steps + step
     b, s = item(core, step)
@@ -143,19 +161,21 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
             for offset in range(p.group):
                 place = index * p.group + offset
                 source = jnp.maximum(which[0, block, place], 0)
-                pltpu.make_async_copy(
-                    entries.at[layer_ref[0], row, pl.ds(source, 1)],
-                    stored.at[into, pl.ds(place, 1)],
-                    semaphores.at[into],
-                ).start()
+                for part, buffer, count in zip(entries, stored, sharing, strict=True):
+                    pltpu.make_async_copy(
+                        part.at[layer_ref[0], row, pl.ds(_quotient(source, count), 1)],
+                        buffer.at[into, pl.ds(place, 1)],
+                        semaphores.at[into],
+                    ).start()
 
         lax.fori_loop(0, groups(flat, block), group, None)
 
     def wait(flat, block, into):
         def group(index, _):
             # The semaphore counts bytes: one wait of a group's size stands for its single rows.
-            rows = stored.at[into, pl.ds(pl.multiple_of(index * p.group, p.group), p.group)]
-            pltpu.make_async_copy(rows, rows, semaphores.at[into]).wait()
+            for buffer in stored:
+                rows = buffer.at[into, pl.ds(pl.multiple_of(index * p.group, p.group), p.group)]
+                pltpu.make_async_copy(rows, rows, semaphores.at[into]).wait()
 
         lax.fori_loop(0, groups(flat, block), group, None)
 
@@ -196,7 +216,12 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
             fetch(flat + 1, item(core, step + 1)[0], chosen_next, 0, 1 - current)
 
         wait(flat, block, current)
-        keys = unpack(p, stored[current], used_ref[flat] - block * p.block)
+        rows = used_ref[flat] - block * p.block
+        if p.rope_dims:
+            decode_block(p, stored, current, chosen_mask.at[0, pl.ds(block, 1)], rows, decoded[0])
+            keys = decoded[0][...]
+        else:
+            keys = unpack(p, stored[0][current], rows)
         selected = chosen_mask[0, pl.ds(block, 1), :] >= 0
         high[...], total[...], acc[...] = softmax_add(p, (high[...], total[...], acc[...]), query, keys, [selected])
 
@@ -204,3 +229,10 @@ def _kernel(plan: Plan, steps: int, item, window_count: int, layer_ref, start_re
     slot[0] = lax.rem(first_slot + blocks, 2)
     for ref, result in zip(out, finished(p, (high[...], total[...], acc[...])), strict=True):
         ref[0, 0] = result
+
+
+def _quotient(index: jax.Array, divisor: int) -> jax.Array:
+    """A number that is not negative, divided; by a shift where one does."""
+    if divisor & (divisor - 1):
+        return lax.div(index, jnp.int32(divisor))
+    return index >> (divisor.bit_length() - 1) if divisor > 1 else index

@@ -13,7 +13,7 @@ from jax import lax
 from deepseek_v4.cache import ring_read
 from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import unpack_words
-from deepseek_v4.stored_rows import KVColumns, KVRows, layer_of, unpacked
+from deepseek_v4.stored_rows import KVColumns, KVRows, KVWords, layer_of, unpacked
 from pallas_kernels.targets import current_chip
 
 _QUERY_BLOCK = 128
@@ -120,9 +120,9 @@ def _in_blocks(
         window = jnp.concatenate([ring_read(ring, layer, start, window_size - 1, window.dtype), window], axis=1)
     if entries is not None:
         entries = layer_of(entries, layer)
-        if isinstance(entries, KVColumns) or (isinstance(entries, KVRows) and indices is None):
+        if isinstance(entries, KVColumns) or (isinstance(entries, (KVRows, KVWords)) and indices is None):
             entries = entries.unpack(q.dtype)
-    if entries is not None and not isinstance(entries, KVRows):
+    if entries is not None and not isinstance(entries, (KVRows, KVWords)):
         entries = unpack_words(entries) if entries.dtype == jnp.uint32 else entries
         # What no query of the row can see is not data: 0 * NaN would still poison the sum over values.
         readable = jnp.arange(entries.shape[1]) < jnp.max(counts, axis=1, keepdims=True)
@@ -198,7 +198,11 @@ def _softmax(queries: _Queries, sink, entries, scale):
         keys.append(entries)
     elif entries is not None:
         chosen = jnp.maximum(indices, 0)
-        selected = jax.tree.map(lambda rows: jax.vmap(lambda of_row, at: of_row[at])(rows, chosen), entries)
+        selected: Any
+        if isinstance(entries, KVWords):
+            selected = entries.take(chosen)
+        else:
+            selected = jax.tree.map(lambda rows: jax.vmap(lambda of_row, at: of_row[at])(rows, chosen), entries)
         if isinstance(selected, KVRows):
             # Decoded is what was selected alone; the row that stands in for none may hold anything.
             selected = jnp.where((indices >= 0)[..., None], unpacked(selected, q.dtype), 0)

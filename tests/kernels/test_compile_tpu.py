@@ -66,6 +66,8 @@ def test_attention_costs_are_hand_sums():
     assert csa.bytes_read == 64 * (64 * row + 512 * row + 512 * 4 + 128 * row) + 64 * 4
     assert csa.bytes_written == 64 * 64 * row
     assert csa.operations == {"bfloat16": 64 * 64 * (512 + 128) * 512 * 2 * 2}
+    # Released bytes cross in whole rows of words, two per entry.
+    assert cases["flash/csa-fp8/decode/64x128K"].cost == csa
     hca = cases["pro/hca/decode/1x1M"].cost
     assert hca.bytes_read == 128 * row + 8192 * row + 4 + 128 * row + 128 * 4
     chunk = cases["flash/hca/prefill/2048x8K"].cost

@@ -1,25 +1,32 @@
 """compressed_attention: every implementation against a float64 oracle, at the edges, and bit for bit in company."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from deepseek_v4.formats import pack_words, unpack_words
-from pallas_kernels.compressed_attention import compressed_attention, gpu, tpu
+from deepseek_v4.formats import pack_words, simulate_kv, unpack_words
+from deepseek_v4.stored_rows import KVWords
+from pallas_kernels.compressed_attention import compressed_attention, gpu, tpu, tpu_words
 from pallas_kernels.compressed_attention.blocks import Blocks
 from pallas_kernels.compressed_attention.tpu_common import Tiles
 from pallas_kernels.gradients import with_twin_gradient
 
 WINDOW = 8
-HEADS, WIDTH = 8, 32
+HEADS, WIDTH, ROPE = 8, 32, 4
 SCALE = WIDTH**-0.5
 
 # Small enough that a few dozen entries take several turns of every loop.
 SMALL = Tiles(decode_queries=4, query_block=16, heads=4, product_rows=32, entries=16, chunk=8, group=4)
+
+
+TWO_KERNELS = ("tpu_interpret, small tiles", "gpu_interpret, small blocks")
 
 
 def _small_tiles(cores):
@@ -57,7 +64,10 @@ IMPLEMENTATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Rows that begin at ``starts`` with ``length`` queries each; T entries, K indices (0: all visible)."""
+    """Rows that begin at ``starts`` with ``length`` queries each; T entries, K indices (0: all visible).
+
+    Entries are kept as words of bfloat16, in the bytes of the release (``KVWords``), or else in ``dtype``.
+    """
 
     starts: tuple[int, ...]
     length: int = 1
@@ -66,6 +76,7 @@ class Problem:
     ring: int = 0
     dtype: str = "float32"
     words: bool = False
+    released: bool = False
     ratio: int = 4
     indices: str = "holes"
 
@@ -97,7 +108,7 @@ def make(problem: Problem, seed: int = 0):
         for b in range(batch):
             entries[:, b, counts[b].max() :] = np.nan
         entries = jnp.asarray(entries, p.dtype)
-        kwargs["entries"] = pack_words(entries) if p.words else entries
+        kwargs["entries"] = pack_words(entries) if p.words else in_released_bytes(entries) if p.released else entries
         kwargs["counts"] = jnp.asarray(counts, jnp.int32)
         if p.selected:
             indices = np.full((batch, p.length, p.selected), -1)
@@ -121,10 +132,19 @@ def make(problem: Problem, seed: int = 0):
     return args, kwargs
 
 
+def in_released_bytes(entries):
+    """As ``KVWords``, rounded as the release rounds; what is no number becomes bytes that are none."""
+    sharing = WIDTH // (2 * ROPE)
+    form = KVWords(jnp.zeros((sharing, WIDTH // 4), jnp.uint32), jnp.zeros((1, WIDTH // 4), jnp.uint32))
+    return form.pack(simulate_kv(entries, ROPE))
+
+
 def oracle(args, kwargs):
     """The op by its definition, one query and head at a time, in float64."""
     q, window, sink, start = (np.asarray(a, np.float64) for a in args)
     entries = kwargs.get("entries")
+    if isinstance(entries, KVWords):
+        entries = entries.unpack(jnp.bfloat16)
     if entries is not None:
         entries = unpack_words(entries) if entries.dtype == jnp.uint32 else entries
         entries = np.asarray(entries, np.float64)[int(kwargs["layer"])]
@@ -181,11 +201,26 @@ PROBLEMS = {
     "selected, all padding": Problem((30, 90), total=29, selected=9, indices="none"),
     "selected, chunk": Problem((100,), length=35, total=37, selected=6, ring=9),
     "window only, chunk": Problem((5,), length=40, ring=8),
+    "released bytes": Problem((1, 60, 100), total=40, selected=20, dtype="bfloat16", released=True, ring=8),
+    "released bytes, several queries": Problem(
+        (0, 5, 100), length=2, total=40, selected=12, dtype="bfloat16", released=True, ring=8
+    ),
+    "released bytes, more indices than entries": Problem(
+        (0, 17), total=8, selected=19, dtype="bfloat16", released=True
+    ),
+    "released bytes, repeated": Problem(
+        (30, 90), total=32, selected=9, indices="repeated", dtype="bfloat16", released=True
+    ),
+    "released bytes, all padding": Problem(
+        (30, 90), total=32, selected=9, indices="none", dtype="bfloat16", released=True
+    ),
+    "released bytes, chunk": Problem((100,), length=35, total=40, selected=6, dtype="bfloat16", released=True, ring=9),
 }
 
 
 # The interpreter takes seconds per call: what depends on neither tile sizes nor cores is not run for each of them.
 CHUNKS = ("all visible, chunk", "all visible, chunk, whole window", "selected, chunk", "window only, chunk")
+ON_GPUS = tuple(name for name, problem in PROBLEMS.items() if not problem.released)
 RUNS = {
     "xla": tuple(PROBLEMS),
     "tpu_interpret": ("window only, ring", "all visible, words", "selected, words", *CHUNKS[:1], "selected, chunk"),
@@ -193,7 +228,7 @@ RUNS = {
     "tpu_interpret, small tiles, two cores": CHUNKS[1:],
     # Interpreting is slow: what the sizes of blocks do not touch runs with the small ones alone.
     "gpu_interpret": ("window only, ring", "all visible, words", "selected, words", "selected, all padding"),
-    "gpu_interpret, small blocks": tuple(PROBLEMS),
+    "gpu_interpret, small blocks": ON_GPUS,
 }
 
 
@@ -206,23 +241,83 @@ def test_against_oracle(implementation, name):
     np.testing.assert_allclose(np.asarray(got, np.float64), oracle(args, kwargs), atol=TOLERANCE[problem.dtype], rtol=0)
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS["all visible, few queries"], PROBLEMS["selected"]], ids=["all", "few"])
-@pytest.mark.parametrize("implementation", ["tpu_interpret, small tiles", "gpu_interpret, small blocks"])
-def test_a_row_is_the_same_in_any_company(implementation, problem):
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        *((kernel, name) for kernel in TWO_KERNELS for name in ("all visible, few queries", "selected")),
+        (TWO_KERNELS[0], "released bytes, several queries"),
+    ],
+)
+def test_a_row_is_the_same_in_any_company(implementation, name):
     """Alone, in another slot, with a larger cache and more padding: the same bits."""
     call = IMPLEMENTATIONS[implementation]
-    args, kwargs = make(problem)
+    args, kwargs = make(PROBLEMS[name])
     together = np.asarray(call(*args, **kwargs))
     order = np.array([2, 0, 1])
     for rows in (order, order[:1]):
         q, window, sink, start = args
         moved = dict(kwargs, ring=kwargs["ring"][:, rows], counts=kwargs["counts"][rows])
-        entries = kwargs["entries"][:, rows]
-        moved["entries"] = jnp.pad(entries, [(0, 0), (0, 0), (0, 27), (0, 0)], constant_values=jnp.nan)
+        moved["entries"] = jax.tree.map(functools.partial(_with_spare, rows), kwargs["entries"])
         if "indices" in kwargs:
             moved["indices"] = jnp.pad(kwargs["indices"][rows], [(0, 0), (0, 0), (0, 9)], constant_values=-1)
         got = call(q[rows], window[rows], sink, start[rows], **moved)
         np.testing.assert_array_equal(np.asarray(got), together[rows])
+
+
+def _with_spare(rows, entries):
+    """Those rows of the batch, with more rows of cache; all ones are no number in words either."""
+    spare = entries.shape[2] if entries.dtype == jnp.uint32 else 27
+    filler = np.uint32(0xFFFFFFFF) if entries.dtype == jnp.uint32 else jnp.nan
+    return jnp.pad(entries[:, rows], [(0, 0), (0, 0), (0, spare), (0, 0)], constant_values=filler)
+
+
+def test_the_form_of_entries_does_not_show_in_the_result():
+    """Released bytes and bfloat16 of the same numbers: the same bits, from kernel and twin alike."""
+    args, kwargs = make(PROBLEMS["released bytes"])
+    for implementation in ("tpu_interpret, small tiles", "xla"):
+        call = IMPLEMENTATIONS[implementation]
+        numbers = kwargs | {"entries": pack_words(kwargs["entries"].unpack(jnp.bfloat16))}
+        np.testing.assert_array_equal(call(*args, **kwargs), call(*args, **numbers))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NaNs, which some bytes are
+@pytest.mark.parametrize(("width", "rope"), [(512, 64), (64, 16), (256, 16)])
+def test_released_bytes_decode_exactly(width, rope):
+    """Codes and scales of all bytes, RoPE dims of all bits; as by ml_dtypes in NumPy."""
+    rng = np.random.default_rng(0)
+    sharing, count, size, content = width // (2 * rope), 128, width // 4, width - rope
+    stored = rng.integers(0, 256, (count, width), dtype=np.uint8)
+    stored[:, :2] = np.arange(2 * count).reshape(count, 2)
+    # Smaller ones lead below float32's normal numbers, which accelerators flush to zero.
+    stored[:, content : content + -(-content // 64)] = rng.integers(16, 256, (count, -(-content // 64)))
+    shifts = np.array([0, 8, 16, 24], np.uint32)
+    words = np.bitwise_or.reduce(stored.reshape(count, 4, size).astype(np.uint32) << shifts[:, None], axis=1)
+    shared = rng.integers(0, 1 << 32, (count // sharing, size), dtype=np.uint32)
+
+    codes = stored[:, :content].view(jnp.float8_e4m3fn).astype(np.float64)
+    scales = stored[:, content : content + -(-content // 64)].view(jnp.float8_e8m0fnu).astype(np.float64)
+    halves = np.concatenate([shared & 0xFFFF, shared >> 16], axis=1).astype(np.uint16)
+    own = halves.reshape(count, rope).view(jnp.bfloat16).astype(np.float64)
+    expected = np.concatenate([codes * np.repeat(scales, 64, axis=1)[:, :content], own], axis=1)
+
+    def numbers(rows):
+        """What bfloat16 holds of them: it ends at 2^128, and subnormals may be zero."""
+        rows = np.asarray(rows, np.float64 if rows.dtype == np.float64 else np.float32).astype(np.float64)
+        rows = np.where(np.abs(rows) >= 2.0**128, np.sign(rows) * np.inf, rows)
+        return np.where(np.abs(rows) < 2.0**-126, 0, rows)
+
+    def kernel(words, shared, indices, out):
+        plan = types.SimpleNamespace(rope_dims=rope, dtype=jnp.dtype(jnp.bfloat16))
+        out[...] = tpu_words.keys_of_words(plan, words[...], shared[...], indices[...], jnp.int32(100))
+
+    chosen = rng.integers(0, count, (1, count))
+    found = pl.pallas_call(
+        kernel, out_shape=jax.ShapeDtypeStruct((count, width), jnp.bfloat16), interpret=pltpu.InterpretParams()
+    )(words[chosen[0]], shared[chosen[0] // sharing], jnp.asarray(chosen, jnp.int32))
+    np.testing.assert_array_equal(numbers(found[:100]), numbers(expected[chosen[0, :100]]))
+    np.testing.assert_array_equal(numbers(found[100:]), 0)
+    taken = KVWords(jnp.asarray(words)[None], jnp.asarray(shared)[None]).take(jnp.asarray(chosen))
+    np.testing.assert_array_equal(numbers(taken.unpack(jnp.bfloat16)[0]), numbers(expected[chosen[0]]))
 
 
 def test_gradients_are_those_of_the_definition():
@@ -278,3 +373,8 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot():
         compressed_attention(*args, **kwargs, implementation="tpu")
     with pytest.raises(ValueError, match=r"no implementation 'fast'; available: .*xla"):
         compressed_attention(*args, **kwargs, implementation="fast")
+    args, kwargs = make(PROBLEMS["released bytes"])
+    with pytest.raises(ValueError, match="'gpu_interpret': entries in the released bytes"):
+        compressed_attention(*args, **kwargs, implementation="gpu_interpret")
+    with pytest.raises(ValueError, match="entries in words of released bytes that are not selected"):
+        compressed_attention(*args, **kwargs | {"indices": None}, implementation="tpu_interpret")

@@ -11,7 +11,7 @@ from small_models import small_config
 from deepseek_v4.cache import entries_write, layer_cache_shapes
 from deepseek_v4.formats import pack_words, unpack_words
 from deepseek_v4.layer_spec import layer_specs
-from deepseek_v4.stored_rows import KeyColumns, KVColumns
+from deepseek_v4.stored_rows import KeyColumns, KVColumns, KVWords
 
 CONFIG = small_config((4, 128), num_hash_layers=0)
 
@@ -48,9 +48,20 @@ def test_writing_packs_what_reading_unpacks():
     np.testing.assert_array_equal(np.asarray(unpack_words(words), np.float32), np.asarray(plain, np.float32))
 
 
-@pytest.mark.parametrize("count", [1, 2, 300])  # one tile, one or two, three
-def test_columns_are_written_where_rows_are_and_nothing_else_is(count):
+WRITTEN = {  # windows per call: one tile of columns, one or two, three; rows that share one, whole and in part
+    "1 column": (1, KVColumns((4, 1), (8, 1), (1, 1))),
+    "2 columns": (2, KeyColumns((4, 1), (1, 1))),
+    "300 columns": (300, KeyColumns((4, 1), (1, 1))),
+    "1 row of words": (1, KVWords((4, 8), (1, 8))),
+    "6 rows of words": (6, KVWords((4, 8), (1, 8))),
+    "300 rows of words": (300, KVWords((2, 8), (1, 8))),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_columns_are_written_where_rows_are_and_nothing_else_is(name):
     """Any place in a tile, the end of the cache and beyond it; a range of every device is written by it alone."""
+    count, form = WRITTEN[name]
     rng = np.random.default_rng(count)
     total, first = 512, np.array([0, 127, 128, 250, 511, 505, 600, 301])
     rows = jnp.asarray(rng.choice([-6, -1.5, 0, 0.5, 3], (len(first), count, 32)), jnp.float32)
@@ -58,8 +69,6 @@ def test_columns_are_written_where_rows_are_and_nothing_else_is(count):
     complete = complete.at[:, 0].set(jnp.arange(len(first)) != 2)
     shape = (2, len(first), total, 32)
     before = jnp.asarray(rng.choice([-4.0, 1.0, 2.0], shape), jnp.float32)
-    forms = {1: KVColumns((4, 1), (8, 1), (1, 1)), 2: KeyColumns((4, 1), (1, 1)), 300: KeyColumns((4, 1), (1, 1))}
-    form = forms[count]
     keys = type(form)(*(jnp.zeros(shape, jnp.uint32) for shape in form)).pack(before)
     expected = np.array(before)
     for b, i in zip(*np.nonzero(complete), strict=True):
@@ -69,7 +78,7 @@ def test_columns_are_written_where_rows_are_and_nothing_else_is(count):
     found = jax.jit(entries_write)(*arguments)
     np.testing.assert_array_equal(found.unpack(jnp.float32), expected)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
-    ranges = jax.P(None, None, None, "x")
+    ranges = jax.P(None, None, "x", None) if isinstance(form, KVWords) else jax.P(None, None, None, "x")
     write = functools.partial(entries_write, rows_over=("x",))
     specs = (ranges, *[jax.P()] * 4)
     split = jax.jit(jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=ranges, check_vma=False))(*arguments)

@@ -1,4 +1,4 @@
-"""A whole float32 model on the kernels that take float32, interpreted, prefers the same tokens as on the twins."""
+"""Whole models on kernels, interpreted, prefer the same tokens as on the twins."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from small_models import compiled, small_config, small_model
 
-from deepseek_v4 import Model
+from deepseek_v4 import Execution, Model
+from deepseek_v4.stored_rows import KVWords
 
 # A window that slides, several CSA entries, one HCA entry.
 LENGTH = 135
@@ -29,3 +30,33 @@ def test_a_model_on_kernels_prefers_the_same_tokens(kernels):
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     assert not np.array_equal(got, expected), "no kernel ran"
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.slow  # every kernel of two layers is interpreted, several times
+def test_a_model_on_kernels_over_the_published_cache_prefers_the_same_tokens():
+    """A chunk and steps behind a cache that the twins filled, CSA entries as words and HCA entries in columns."""
+    config = small_config((4, 128), mtp=False, num_hash_layers=0, hidden_size=128, index_topk=8)
+    small = small_model(config, seed=3, dtype="bfloat16")
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (1, 150)))
+    execution = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout="columns", implementation="xla")
+    twins = dataclasses.replace(small.model, execution=execution)
+    filled = compiled(twins.forward)(small.params, tokens[:, :130], twins.init_cache(1, 256)).cache
+    assert any(isinstance(m["entries"], KVWords) for group in filled["groups"] for m in group if "entries" in m)
+
+    def run(implementation):
+        execution = dataclasses.replace(twins.execution, implementation=implementation)
+        step = compiled(dataclasses.replace(small.model, execution=execution).forward)
+        result = step(small.params, tokens[:, 130:], filled)
+        out, chosen = [result.logits], []
+        for _ in range(3):
+            chosen.append(int(jnp.argmax(out[-1][0, -1])))
+            result = step(small.params, jnp.asarray([[chosen[-1]]]), result.cache)
+            out.append(result.logits)
+        return np.concatenate([np.asarray(a, np.float32) for a in out], axis=1), chosen
+
+    expected, by_twins = run("xla")
+    got, by_kernels = run("tpu_interpret|xla")
+    assert by_kernels == by_twins
+    assert not np.array_equal(got, expected), "no kernel ran"
+    # bfloat16 streams round terms that were added in another order to 2^-9 of themselves, layer by layer.
+    np.testing.assert_allclose(got, expected, atol=0.03 * np.abs(expected).max(), rtol=0)

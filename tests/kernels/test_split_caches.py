@@ -20,6 +20,7 @@ from pallas_kernels.index_topk import index_topk
         Problem((0, 9, 61), length=2, total=20, selected=8, ring=16),
         Problem((40,), length=24, total=20, ring=16, dtype="bfloat16", words=True),
         Problem((40,), length=24, total=20, selected=8, ring=16, dtype="bfloat16", words=True),
+        Problem((0, 9, 61), length=2, total=20, selected=8, ring=16, dtype="bfloat16", released=True),
     ],
     ids=str,
 )

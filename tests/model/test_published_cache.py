@@ -17,7 +17,7 @@ from deepseek_v4.formats import hadamard_transform, simulate_fp4, simulate_kv
 from deepseek_v4.layer_spec import layer_specs
 from deepseek_v4.planning.cache_bytes import PUBLISHED, bytes_per_token
 from deepseek_v4.planning.cache_bytes import cache_bytes as expected_bytes
-from deepseek_v4.stored_rows import KeyColumns, KeyRows, KVColumns, KVRows, map_shapes
+from deepseek_v4.stored_rows import KeyColumns, KeyRows, KVColumns, KVRows, KVWords, map_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED_EXECUTION = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout="published")
@@ -29,8 +29,8 @@ def empty(rows, config, spec, name):
     return map_shapes(lambda shape, dtype: jnp.zeros((rows, shape[1]), dtype), shapes[name])
 
 
-@pytest.mark.parametrize(("name", "per_token"), [("flash", 3514.25), ("pro", 5031.4375)])
-def test_bytes_are_the_published_ones(name, per_token):
+@pytest.mark.parametrize(("name", "per_token", "selecting"), [("flash", 3514.25, 21), ("pro", 5031.4375, 30)])
+def test_bytes_are_the_published_ones(name, per_token, selecting):
     config = Config.from_file(ROOT / "configs" / name)
     csa = next(spec for spec in layer_specs(config) if spec.indexer)
     row = sum(a.nbytes for a in jax.tree.leaves(empty(1, config, csa, "entries")))
@@ -41,9 +41,14 @@ def test_bytes_are_the_published_ones(name, per_token):
     found, fixed = cache_growth(model, 1 << 20, 0)
     assert found == per_token == bytes_per_token(config, PUBLISHED)
     assert cache_bytes(model, 1 << 20, 0) == fixed + per_token * (1 << 20)
-    # In columns, entries and index keys take the same bytes; windows stay in bfloat16, rings are whole tiles.
+    # In columns, entries and index keys take the same bytes; windows stay in bfloat16, rings are whole tiles. Entries
+    # that are selected, one per four tokens, take 640 bytes.
     columns = Model(config, execution=COLUMNS_EXECUTION)
-    assert cache_growth(columns, 1 << 20, 0)[0] == per_token
+    assert cache_growth(columns, 1 << 20, 0)[0] == per_token + selecting * (640 - 584) / 4
+    words = next(m["entries"] for m in columns.abstract_cache(1, 1 << 14)["groups"][-1] if "index_entries" in m)
+    assert isinstance(words, KVWords)
+    assert [a.shape[1:] for a in words] == [(1, 4096, 128), (1, 1024, 128)]
+    assert words.shape[1:] == (1, 4096, 512)
     for layer, spec in enumerate(model.groups[-1].pattern):
         name, form, width = ("index_entries", KeyColumns, 128) if spec.indexer else ("entries", KVColumns, 512)
         kept = [m.abstract_cache(1, 1 << 14)["groups"][-1][layer][name] for m in (model, columns)]
@@ -82,6 +87,18 @@ def test_rows_come_back_as_simulated(scale):
         columns = KVColumns(*(jnp.zeros((words, 1), jnp.uint32) for words in (112, 32, 2))).pack(given)
         assert columns.shape == (64, 512)
         np.testing.assert_array_equal(columns.unpack(jnp.bfloat16), expected)
+        words = KVWords(*(jnp.zeros((rows, 128), jnp.uint32) for rows in (4, 1))).pack(given)
+        assert (words.shape, words.sharing, words.rope_dims) == ((64, 512), 4, 64)
+        np.testing.assert_array_equal(words.unpack(jnp.bfloat16), expected)
+        # The bytes themselves: codes, scales, and nothing else in a row; RoPE dims of four entries in another.
+        published = store.pack(given)
+        planes = [np.asarray(words.entry_words) >> shift & 255 for shift in (0, 8, 16, 24)]
+        codes, scales = (np.asarray(a).view(np.uint8) for a in (published.codes, published.scales))
+        kept = np.concatenate([codes, scales[:, :7], np.zeros((64, 57), np.uint8)], axis=1)
+        np.testing.assert_array_equal(np.concatenate(planes, axis=1), kept)
+        rope = np.asarray(published.rope).view(np.uint16).reshape(16, 256)
+        shared = np.asarray(words.shared_rope_words)
+        np.testing.assert_array_equal(np.concatenate([shared & 0xFFFF, shared >> 16], axis=1), rope)
     keys = hadamard_transform(rows[:, :128])
     store = empty(64, config, csa, "index_entries")
     assert isinstance(store, KeyRows)
