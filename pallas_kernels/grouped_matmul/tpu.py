@@ -21,8 +21,8 @@ from deepseek_v4.formats import E4M3_MAX
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul import tpu_weights
-from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 from pallas_kernels.grouped_matmul.cost import kernel_bytes
+from pallas_kernels.grouped_matmul.tpu_call import blocks_of, call
 from pallas_kernels.grouped_matmul.tpu_plan import LANES, Plan, in_parts, kind_of, plan_of
 from pallas_kernels.grouped_matmul.tpu_rows import RowTraffic, row_halves, row_words
 from pallas_kernels.grouped_matmul.unserved import unserved_inputs
@@ -129,58 +129,31 @@ def expert_mlp(
 
 
 def _call(plan: Plan, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret):
-    ids, merged = merge_repeats(expert_ids, expert_weights.astype(jnp.float32), plan.experts)
-    blocks = sort_into_blocks(ids, merged, experts=plan.experts, rows=plan.rows)
-    tokens = blocks.assignment // plan.choices
-    prefetch = (layer.reshape(1), blocks.expert, blocks.first, blocks.size, tokens, blocks.routing)
     hidden = plan.hidden
-    operands, specs = tpu_weights.operands(plan, w1, w2, w3, layer)
-    scratch = [
-        pltpu.VMEM((plan.rows, hidden // 2), jnp.uint32),  # rows of x as they arrive
-        pltpu.VMEM((plan.rows, hidden), jnp.bfloat16),  # and as they are multiplied
-        pltpu.VMEM((plan.rows, LANES), jnp.float32),  # their routing weights, the same in every lane
-        pltpu.VMEM((plan.rows, hidden), jnp.float32),  # down projection so far
-        pltpu.VMEM((plan.rows, hidden), jnp.float32),  # rows of the output
-        pltpu.SemaphoreType.DMA((3,)),
-        *tpu_weights.scratch(plan),
-    ]
-    out = jnp.zeros((plan.cores, plan.tokens, hidden), jnp.float32)
-    inputs = (*prefetch, *operands, tpu_decode.even_odd_permutation(), row_words(x), out)
-    specs += [
-        pl.BlockSpec((tpu_decode.CHUNK, tpu_decode.CHUNK), lambda *_: (0, 0)),
-        pl.BlockSpec(memory_space=pltpu.HBM),
-        pl.BlockSpec(memory_space=pltpu.HBM),
-    ]
-    call = pl.pallas_call(
+    blocks = blocks_of(plan, expert_ids, expert_weights)
+    (result,) = call(
         functools.partial(_kernel, plan),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetch),
-            grid=(plan.cores, jnp.maximum(blocks.used, 1), plan.tiles),
-            in_specs=specs,
-            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
-            scratch_shapes=scratch,
-        ),
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        input_output_aliases={len(inputs) - 1: 0},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_vmem_limit(plan)
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=6 * plan.served * hidden * plan.width,
-            bytes_accessed=kernel_bytes(
-                kind=plan.kind,
-                tokens=plan.tokens,
-                choices=plan.choices,
-                hidden=hidden,
-                width=plan.width,
-                experts=plan.experts,
-            ),
-            transcendentals=plan.served * plan.width,
-        ),
-        interpret=pltpu.InterpretParams() if interpret else False,
-        name=f"expert_mlp_{plan.kind}",
+        plan,
+        blocks,
+        blocks.assignment // plan.choices,
+        row_words(x),
+        (w1, w2, w3),
+        layer,
+        scratch=[
+            pltpu.VMEM((plan.rows, hidden // 2), jnp.uint32),  # rows of x as they arrive
+            pltpu.VMEM((plan.rows, hidden), jnp.bfloat16),  # and as they are multiplied
+            pltpu.VMEM((plan.rows, LANES), jnp.float32),  # their routing weights, the same in every lane
+            pltpu.VMEM((plan.rows, hidden), jnp.float32),  # down projection so far
+            pltpu.VMEM((plan.rows, hidden), jnp.float32),  # rows of the output
+            pltpu.SemaphoreType.DMA((3,)),
+        ],
+        flops=6 * plan.served * hidden * plan.width,
+        moved=kernel_bytes(**plan.sizes),
+        # Of rows, and what the compiler needs beside them and the weights.
+        vmem_bytes=plan.rows * (hidden * (2 + 2 + 4 + 4) + 4 * LANES) + 12 * _MIB,
+        name="expert_mlp",
+        interpret=interpret,
     )
-    result = call(*inputs)
     return result[0] if plan.cores == 1 else jnp.sum(result, axis=0)
 
 
@@ -252,9 +225,3 @@ def _simulate_fp8(x):
         codes = jnp.clip(value * inverse, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
         groups.append((codes.astype(jnp.float32) * scale).astype(jnp.bfloat16))
     return jnp.concatenate(groups, axis=1)
-
-
-def _vmem_limit(plan: Plan) -> int:
-    """Weights, rows, and what the compiler needs beside them."""
-    rows = plan.rows * (plan.hidden * (2 + 2 + 4 + 4) + 4 * LANES)
-    return tpu_weights.vmem_bytes(plan) + rows + 12 * _MIB

@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul import tpu_weights
-from pallas_kernels.grouped_matmul.blocks import merge_repeats, sort_into_blocks
 from pallas_kernels.grouped_matmul.cost import kernel_gradient_bytes
+from pallas_kernels.grouped_matmul.tpu_call import blocks_of, call
 from pallas_kernels.grouped_matmul.tpu_plan import LANES, Plan, in_parts, kind_of, plan_of
 from pallas_kernels.grouped_matmul.tpu_rows import RowTraffic, row_halves, row_words
 from pallas_kernels.grouped_matmul.unserved import unserved_inputs
@@ -134,64 +134,34 @@ def expert_mlp_gradient(
 
 def _call(plan: Plan, gradient, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret):
     hidden = plan.hidden
-    ids, merged = merge_repeats(expert_ids, expert_weights.astype(jnp.float32), plan.experts)
-    blocks = sort_into_blocks(ids, merged, experts=plan.experts, rows=plan.rows)
+    blocks = blocks_of(plan, expert_ids, expert_weights)
     token, choice = jnp.divmod(blocks.assignment, plan.choices)
-    place = token << _choice_bits(plan) | choice
-    prefetch = (layer.reshape(1), blocks.expert, blocks.first, blocks.size, place, blocks.routing)
-    operands, specs = tpu_weights.operands(plan, w1, w2, w3, layer)
-    scratch = [
-        pltpu.VMEM((plan.rows, hidden), jnp.uint32),  # rows of x and of the gradient as they arrive
-        pltpu.VMEM((plan.rows, hidden), jnp.bfloat16),  # and as they are multiplied: of x
-        pltpu.VMEM((plan.rows, hidden), jnp.bfloat16),  # and of the gradient
-        pltpu.VMEM((plan.rows, LANES), jnp.float32),  # their routing weights, the same in every lane
-        pltpu.VMEM((plan.rows, LANES), jnp.float32),  # gradients of the routing weights so far, one part per lane
-        pltpu.VMEM((plan.rows, hidden), jnp.float32),  # gradients of the rows so far
-        pltpu.VMEM((plan.rows, hidden), jnp.float32),  # rows of the result
-        pltpu.SemaphoreType.DMA((3,)),
-        *tpu_weights.scratch(plan),
-    ]
-    result = jnp.zeros((plan.cores, plan.tokens, hidden), jnp.float32)
     of_routing = jax.ShapeDtypeStruct((plan.cores, -(-expert_ids.size // LANES), LANES), jnp.float32)
-    words = jnp.concatenate([row_words(x), row_words(gradient.astype(x.dtype))], axis=1)
-    inputs = (*prefetch, *operands, tpu_decode.even_odd_permutation(), words, result)
-    specs += [
-        pl.BlockSpec((tpu_decode.CHUNK, tpu_decode.CHUNK), lambda *_: (0, 0)),
-        pl.BlockSpec(memory_space=pltpu.HBM),
-        pl.BlockSpec(memory_space=pltpu.HBM),
-    ]
-    of_rows, of_first = pl.pallas_call(
+    of_rows, of_first = call(
         functools.partial(_kernel, plan),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetch),
-            grid=(plan.cores, jnp.maximum(blocks.used, 1), plan.tiles),
-            in_specs=specs,
-            out_specs=[
-                pl.BlockSpec(memory_space=pltpu.HBM),
-                pl.BlockSpec((None, *of_routing.shape[1:]), lambda core, *_: (core, 0, 0)),
-            ],
-            scratch_shapes=scratch,
-        ),
-        out_shape=[jax.ShapeDtypeStruct(result.shape, result.dtype), of_routing],
-        input_output_aliases={len(inputs) - 1: 0},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_vmem_limit(plan)
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=10 * plan.served * hidden * plan.width,
-            bytes_accessed=kernel_gradient_bytes(
-                kind=plan.kind,
-                tokens=plan.tokens,
-                choices=plan.choices,
-                hidden=hidden,
-                width=plan.width,
-                experts=plan.experts,
-            ),
-            transcendentals=plan.served * plan.width,
-        ),
-        interpret=pltpu.InterpretParams() if interpret else False,
-        name=f"expert_mlp_gradient_{plan.kind}",
-    )(*inputs)
+        plan,
+        blocks,
+        token << _choice_bits(plan) | choice,
+        jnp.concatenate([row_words(x), row_words(gradient.astype(x.dtype))], axis=1),
+        (w1, w2, w3),
+        layer,
+        scratch=[
+            pltpu.VMEM((plan.rows, hidden), jnp.uint32),  # rows of x and of the gradient as they arrive
+            pltpu.VMEM((plan.rows, hidden), jnp.bfloat16),  # and as they are multiplied: of x
+            pltpu.VMEM((plan.rows, hidden), jnp.bfloat16),  # and of the gradient
+            pltpu.VMEM((plan.rows, LANES), jnp.float32),  # their routing weights, the same in every lane
+            pltpu.VMEM((plan.rows, LANES), jnp.float32),  # gradients of the routing weights so far, one part per lane
+            pltpu.VMEM((plan.rows, hidden), jnp.float32),  # gradients of the rows so far
+            pltpu.VMEM((plan.rows, hidden), jnp.float32),  # rows of the result
+            pltpu.SemaphoreType.DMA((3,)),
+        ],
+        results=[(of_routing, pl.BlockSpec((None, *of_routing.shape[1:]), lambda core, *_: (core, 0, 0)))],
+        flops=10 * plan.served * hidden * plan.width,
+        moved=kernel_gradient_bytes(**plan.sizes),
+        vmem_bytes=_vmem_bytes(plan),
+        name="expert_mlp_gradient",
+        interpret=interpret,
+    )
     # Cores in their order: the sum of two float32 numbers, whatever the batch.
     of_rows, of_first = (functools.reduce(jnp.add, list(of_core)) for of_core in (of_rows, of_first))
     of_first = of_first.reshape(-1)[: expert_ids.size].reshape(expert_ids.shape)
@@ -296,8 +266,7 @@ def _product(a, b, dims):
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _vmem_limit(plan: Plan) -> int:
-    """Weights, rows, and what the compiler needs beside them."""
+def _vmem_bytes(plan: Plan) -> int:
+    """Of rows and routing weights, and what the compiler needs beside them and the weights."""
     rows = plan.rows * (plan.hidden * _BYTES_PER_NUMBER + 2 * 4 * LANES)
-    of_routing = 2 * 4 * plan.tokens * plan.choices
-    return tpu_weights.vmem_bytes(plan) + rows + of_routing + 10 * _MIB
+    return rows + 2 * 4 * plan.tokens * plan.choices + 10 * _MIB

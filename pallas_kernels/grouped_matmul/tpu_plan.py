@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,11 @@ class Plan:
     def packed(self) -> bool:
         """Whether two inputs share a byte."""
         return self.kind == "fp4"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the functions of ``cost`` ask for."""
+        return {name: getattr(self, name) for name in ("kind", "tokens", "choices", "hidden", "width", "experts")}
 
     @property
     def served(self) -> int:
