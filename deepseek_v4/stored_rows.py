@@ -47,6 +47,11 @@ class KVRows(NamedTuple):
         """The shape of the rows they stand for."""
         return (*self.codes.shape[:-1], self.codes.shape[-1] + self.rope.shape[-1])
 
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.codes.shape[-1] + 2 * self.rope.shape[-1] + self.scales.shape[-1]
+
     def pack(self, rows: jax.Array) -> "KVRows":
         """``rows`` [..., c] in this form; exact for rows that went through ``simulate_kv``."""
         content, rope = jnp.split(rows, [self.codes.shape[-1]], axis=-1)

@@ -74,6 +74,7 @@ def compile_case(
     a target and is asked only if there is something to compile; it raises ``TargetError`` where it cannot.
     """
     where = chip(target)
+    case = case.on(where)
     fallback = operation.unserved(where, case.arguments)
     implementation = _KERNEL_OF_PLATFORM[where.platform] if fallback is None else "xla"
     report = Report(operation.name, case, where, implementation, fallback)

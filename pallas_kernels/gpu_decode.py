@@ -1,4 +1,4 @@
-"""Packed weights as GPU kernels read them: words of four bytes, decoded in registers.
+"""Packed weights and cache rows as GPU kernels read them: words of four bytes, decoded in registers.
 
 Arrays of one byte per element are passed as words. The Triton backend of Pallas counts elements of arrays up to 4 GiB
 in 32 bits with a sign: of single bytes it would lose those beyond 2 GiB, where a layer of Pro's experts has four. XLA
@@ -22,6 +22,15 @@ def as_words(array: jax.Array) -> jax.Array:
 def e4m3_tile(words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Words [N, C] of four E4M3 codes each, as ``as_words`` makes them, to their values [N, 4C]; exact in bfloat16."""
     return _interleaved(_e4m3_bytes(words, dtype))
+
+
+def e4m3_scaled_tile(words: jax.Array, scales: jax.Array) -> jax.Array:
+    """Words [N, C] of four E4M3 codes each and their E8M0 bytes [N, C] (uint32) to bfloat16 values [N, 4C].
+
+    Exact for scales from 2^-117 to 2^119, of which every product is a normal number; byte 0 counts as zero.
+    """
+    scale = _powers(scales)
+    return _interleaved([plane * scale for plane in _e4m3_bytes(words, jnp.bfloat16)])
 
 
 def fp4_tile(words: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -49,8 +58,13 @@ def fp4_halves(words: jax.Array, scales: tuple[jax.Array, jax.Array]) -> tuple[j
 def _fp4_planes(nibbles: jax.Array, scales: jax.Array) -> list[jax.Array]:
     """bfloat16 values of the low nibble of each byte of words, in four arrays, times words' E8M0 bytes ``scales``."""
     codes = ((nibbles & jnp.uint32(0x07070707)) << 2) | ((nibbles & jnp.uint32(0x08080808)) << 4)
-    scale = lax.bitcast_convert_type(((scales + 6) << 7).astype(jnp.uint16), jnp.bfloat16)
+    scale = _powers(scales + 6)
     return [plane * scale for plane in _e4m3_bytes(codes, jnp.bfloat16)]
+
+
+def _powers(exponents: jax.Array) -> jax.Array:
+    """E8M0 bytes 1 to 254 (uint32) as bfloat16; 0 becomes zero."""
+    return lax.bitcast_convert_type((exponents << 7).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _e4m3_bytes(words: jax.Array, dtype: jax.typing.DTypeLike) -> list[jax.Array]:

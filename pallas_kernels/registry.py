@@ -23,6 +23,7 @@ kernel does not serve them, or None. A ``Case`` is a shape that the project must
         representative=True,                        # compiled in CI; the others by hand and in slow tests
         split={"q": 0, "entries": 1},               # rows may be dealt to several chips along these axes
         values=lambda rng: {"counts": ...},         # what integer arguments hold when the case is measured (else 0)
+        on_gpus=None,                               # the same shape in the forms in which GPUs keep it, if others
     )
 
 A cache of 256 rows of a million tokens is larger than some chips' memory. Where a case's arguments do not fit one
@@ -101,6 +102,11 @@ class Case:
     representative: bool = False
     split: Mapping[str, int] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     values: Callable[[np.random.Generator], Mapping[str, np.ndarray]] = lambda rng: {}
+    on_gpus: "Case | None" = None
+
+    def on(self, chip: Chip | None) -> "Case":
+        """The case as ``chip`` keeps its arrays; None (a CPU) keeps them as TPUs do."""
+        return self.on_gpus if self.on_gpus is not None and chip is not None and chip.platform == "cuda" else self
 
     def limit_on(self, chip: Chip) -> int | None:
         """Bytes of HBM temporaries allowed on ``chip``: GPU kernels may need more, having less fast memory."""

@@ -64,7 +64,7 @@ def run(args: KernelBenchmark, console: Console) -> int:
     device = jax.devices()[0]
     chip = chip_of_kind(device.device_kind)
     chosen = [
-        (operation, case)
+        (operation, case.on(chip))
         for name, operation in declared.items()
         if not args.ops or name in args.ops
         for case in cases_matching(operation, list(args.shapes) or None)

@@ -327,9 +327,12 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
     ratio = spec.compress_ratio
     selected = min(config.index_topk, context // ratio) if spec.indexer else (context // ratio if ratio else 0)
     selected = -(-selected // setting.placement.size("entries"))
-    # Where kernels read them in the bytes of the release, on TPUs; elsewhere they are decoded first. Those that are
-    # selected cross in two rows of words, which are as many bytes as bfloat16 takes.
-    columns = work.cache == "fp8" and setting.scores_stay and not spec.indexer
+    # Kernels read them in the bytes of the release, those of GPUs the window too; where a mesh splits entries, which no
+    # GPU kernel serves, they are decoded first. On TPUs those that are selected cross in two rows of words, which are
+    # as many bytes as bfloat16 takes.
+    published = PUBLISHED.row(config.head_dim, config.qk_rope_head_dim) if work.cache == "fp8" else None
+    by_rows = setting.topology.chip.platform == "cuda"
+    in_place = setting.placement.size("entries") == 1 if by_rows else not spec.indexer
     cost = attention_cost(
         batch=setting.rows,
         length=work.tokens,
@@ -340,7 +343,8 @@ def _attention(setting: Setting, spec: LayerSpec, context: int) -> Part:
         indices=spec.indexer,
         causal_ratio=ratio,
         context=context,
-        entry_bytes=PUBLISHED.row(config.head_dim, config.qk_rope_head_dim) if columns else None,
+        entry_bytes=published if in_place else None,
+        ring_bytes=published if by_rows else None,
     )
     operations = {kind: multiplied * count for kind, count in cost.operations.items()}
     return Part("attention", operations, moved * cost.bytes_moved)

@@ -59,8 +59,8 @@ def compressed_attention(
     place; every index is below its count; an index that appears twice counts twice), or None to attend to all visible
     ones. Rows of ``entries`` at or beyond a batch row's largest count may hold anything, NaN included. Entries are
     plain, or uint32 [n, B, T, c/2] as ``deepseek_v4.formats.pack_words`` makes them, which TPU kernels read in place.
-    Entries and ring may also be ``KVRows`` of ``deepseek_v4.stored_rows``, which no kernel serves, and entries
-    ``KVColumns`` where all are seen and ``KVWords`` where they are selected, which kernels for TPUs read in place.
+    Entries and ring may also be ``KVRows`` of ``deepseek_v4.stored_rows``, which kernels for GPUs read in place, and
+    entries ``KVColumns`` where all are seen and ``KVWords`` where they are selected, which those for TPUs read so.
 
     With ``ring`` [n, B, R, c], R >= window_size - 1, the tokens before the call are read from the ring of ``layer``,
     position p in slot p mod R (``deepseek_v4.cache``), and window [B, S, c] holds the rows of the call alone.
@@ -78,10 +78,9 @@ def compressed_attention(
     entries. On TPUs they have kernels (``gradient.unserved`` says for what), otherwise they are the twin's, recomputed.
     Source: paper 2.3.
     """
+    unserved = tpu.unserved_by(q, entries, indices, window_size) | gpu.unserved_by(q, entries, ring)
     if isinstance(ring, KVRows):
-        unserved = dict.fromkeys(set(_IMPLEMENTATIONS) - {"xla"}, lambda chip: "rows in the published layout")
-    else:
-        unserved = tpu.unserved_by(q, entries, indices, window_size) | gpu.unserved_by(q, entries)
+        unserved |= dict.fromkeys(("tpu", "tpu_interpret"), lambda chip: "a ring in the published layout")
     more: dict[str, Any] = {}
     if window_counts is not None:
         more = {"window_counts": window_counts, "first_entries": first_entries}

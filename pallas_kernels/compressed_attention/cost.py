@@ -16,6 +16,7 @@ def attention_cost(
     indices: bool,
     itemsize: int = 2,
     entry_bytes: int | None = None,
+    ring_bytes: int | None = None,
     causal_ratio: int = 0,
     context: int = 0,
 ) -> Cost:
@@ -25,8 +26,8 @@ def attention_cost(
     entry that all queries of a row attend to crosses HBM once per row; a selected one once per query that selects it,
     for which queries share a selection depends on the data. With ``causal_ratio`` the queries are the last ``length``
     of ``context`` tokens and each sees its own number of entries; otherwise all see ``entries``. Queries and outputs
-    cross once; window rows once per row; counts and indices are int32. An entry takes ``entry_bytes`` (None: as a
-    window row).
+    cross once; window rows once per row; counts and indices are int32. An entry takes ``entry_bytes``, a window row of
+    an earlier call ``ring_bytes`` (None: as one of this call).
     """
     seen = [entries] * length
     if causal_ratio:
@@ -36,7 +37,8 @@ def attention_cost(
     operations = 4 * batch * heads * width * keys
     rows = sum(seen) if indices else max(seen, default=0)
     index_bytes = 4 * batch * length * (entries if indices else 1)
-    read = batch * (length * heads + window - 1 + length) * width * itemsize + index_bytes + 4 * heads
+    read = batch * (length * heads + length) * width * itemsize + index_bytes + 4 * heads
+    read += batch * (window - 1) * (ring_bytes or width * itemsize)
     read += batch * rows * (entry_bytes or width * itemsize)
     kind = "bfloat16" if itemsize == 2 else "float32"
     return Cost(

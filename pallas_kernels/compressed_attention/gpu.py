@@ -2,10 +2,9 @@
 
 A program is one query and a block of its heads, which share every key: [heads, c] times [keys, c] feeds the tensor
 cores. Keys come by row from where they lie, the window's from ring or chunk by position, entries by number, those
-selected by index; each is loaded once and serves as value too. A row lies in two halves, channels 0..c/2-1 and the
-rest: the halves that a word of the cache holds, so that plain rows and words take the same path. The softmax starts at
-the sink, (maximum, total, accumulator) = (sink, 1, 0), and visits blocks of keys in an order that depends on the row
-alone.
+selected by index; each is loaded once and serves as value too. A row comes in tiles of channels, whatever form the
+cache keeps it in (``gpu_rows``), and from there on all forms take the same path. The softmax starts at the sink,
+(maximum, total, accumulator) = (sink, 1, 0), and visits blocks of keys in an order that depends on the row alone.
 
 A decode step has few queries, and one that attends to all entries may have 8,192 of them: these are then split over
 programs, a fixed number to each, and the parts are joined in order. They are few at a time, so that they take little
@@ -25,12 +24,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.execution import dot_precision
+from deepseek_v4.stored_rows import KVRows
 from pallas_kernels.compressed_attention.blocks import Blocks, blocks_for
+from pallas_kernels.compressed_attention.gpu_rows import (
+    LEAST_PRODUCT,
+    addressable,
+    load_tiles,
+    tiles_of,
+    unserved_released,
+)
 from pallas_kernels.compressed_attention.unserved import unserved_types
 from pallas_kernels.targets import Chip, current_chip
-
-_LEAST_PRODUCT = 16
-"""Rows and columns of the smallest product that Triton gives to tensor cores."""
 
 _FEW_QUERIES = 8
 """Most queries per row of calls whose entries are split; longer ones are chunks of prompts, which fill a GPU."""
@@ -42,27 +46,32 @@ _NO_SCORE = -1e30
 """Below every score, and finite."""
 
 
-def unserved(q: Any, entries: Any, *, compiled: bool = True) -> str | None:
+def unserved(q: Any, entries: Any, ring: Any = None, *, compiled: bool = True) -> str | None:
     """Why the kernel cannot serve arguments of these shapes and types, or None. ``compiled``: not interpreted."""
     heads, width = q.shape[2:]
-    if reason := unserved_types(q, entries):
+    for rows in (entries, ring):
+        if isinstance(rows, KVRows) and (reason := unserved_released(q, rows, compiled=compiled)):
+            return reason
+    if isinstance(ring, KVRows) and not isinstance(entries, KVRows) and getattr(entries, "dtype", None) == jnp.uint32:
+        return "entries in words beside a ring in the released bytes"
+    if reason := unserved_types(q, None if isinstance(entries, KVRows) else entries):
         return reason
     if width % 2:
         return f"head_dim {width} is odd"
     if compiled and q.dtype != jnp.bfloat16:
         return f"queries are {q.dtype}, expected bfloat16"
-    if compiled and (width & (width - 1) or width < 2 * _LEAST_PRODUCT):
-        return f"head_dim {width} is not a power of two of at least {2 * _LEAST_PRODUCT}"
-    if compiled and heads % _LEAST_PRODUCT:
-        return f"{heads} heads are not a multiple of {_LEAST_PRODUCT}"
+    if compiled and (width & (width - 1) or width < 2 * LEAST_PRODUCT):
+        return f"head_dim {width} is not a power of two of at least {2 * LEAST_PRODUCT}"
+    if compiled and heads % LEAST_PRODUCT:
+        return f"{heads} heads are not a multiple of {LEAST_PRODUCT}"
     return None
 
 
-def unserved_by(q: Any, entries: Any) -> dict[str, Callable[[Chip | None], str | None]]:
+def unserved_by(q: Any, entries: Any, ring: Any) -> dict[str, Callable[[Chip | None], str | None]]:
     """The rule in the form that ``choose`` takes."""
     return {
-        "gpu": lambda chip: unserved(q, entries),
-        "gpu_interpret": lambda chip: unserved(q, entries, compiled=False),
+        "gpu": lambda chip: unserved(q, entries, ring),
+        "gpu_interpret": lambda chip: unserved(q, entries, ring, compiled=False),
     }
 
 
@@ -72,8 +81,8 @@ def compressed_attention(
     sink: jax.Array,
     start: jax.Array,
     *,
-    ring: jax.Array | None,
-    entries: jax.Array | None,
+    ring: jax.Array | KVRows | None,
+    entries: jax.Array | KVRows | None,
     layer: jax.Array | int,
     counts: jax.Array | None,
     indices: jax.Array | None,
@@ -88,12 +97,12 @@ def compressed_attention(
     """
     batch, length, heads, width = q.shape
     blocks = blocks or blocks_for(None if interpret else current_chip(), heads)
-    rows: dict[str, jax.Array] = {"window": window.astype(q.dtype)}
+    rows: dict[str, Any] = {"window": window.astype(q.dtype)}
     scalars = {"layer": jnp.asarray(layer, jnp.int32).reshape(1), "start": start.astype(jnp.int32)}
     if ring is not None:
-        rows["ring"] = ring.astype(q.dtype)
+        rows["ring"] = addressable(ring) if isinstance(ring, KVRows) else ring.astype(q.dtype)
     if entries is not None:
-        rows["entries"] = entries
+        rows["entries"] = addressable(entries)
         if indices is None:
             assert counts is not None
             scalars["end"] = jnp.minimum(counts, entries.shape[2]).astype(jnp.int32)
@@ -110,6 +119,7 @@ def compressed_attention(
         _launch,
         sink=sink.astype(jnp.float32),
         whole={**scalars, **rows},
+        tiles=tiles_of(width, rows.values()),
         parts=parts,
         blocks=blocks,
         interpret=interpret,
@@ -140,7 +150,7 @@ def _launch(q, first, *, sink, whole, parts, blocks: Blocks, interpret, **consta
     number, heads, width = q.shape
     head_block = _power_divisor(heads, blocks.heads)
     per_query = pl.BlockSpec((None, head_block, width), lambda h, i, part: (i, h, 0))
-    whole = {"first": first.reshape(1), **whole}
+    arrays, structure = jax.tree.flatten({"first": first.reshape(1), **whole})
     if parts == 1:
         out_specs, out_shape = [per_query], [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     else:
@@ -151,7 +161,7 @@ def _launch(q, first, *, sink, whole, parts, blocks: Blocks, interpret, **consta
             *2 * [jax.ShapeDtypeStruct((number, parts, heads), jnp.float32)],
         ]
     kernel = functools.partial(
-        _kernel, tuple(whole), parts=parts, keys=blocks.keys, split=blocks.split, interpret=interpret, **constants
+        _kernel, structure, parts=parts, keys=blocks.keys, split=blocks.split, interpret=interpret, **constants
     )
     return pl.pallas_call(
         kernel,
@@ -160,14 +170,14 @@ def _launch(q, first, *, sink, whole, parts, blocks: Blocks, interpret, **consta
         in_specs=[
             per_query,
             pl.BlockSpec((head_block,), lambda h, i, part: (h,)),
-            *[pl.BlockSpec(a.shape, lambda h, i, part, n=a.ndim: (0,) * n) for a in whole.values()],
+            *[pl.BlockSpec(a.shape, lambda h, i, part, n=a.ndim: (0,) * n) for a in arrays],
         ],
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="compressed_attention",
-    )(q, sink, *whole.values())
+    )(q, sink, *arrays)
 
 
 def _join(values, largest, total, *, dtype, interpret):
@@ -176,7 +186,7 @@ def _join(values, largest, total, *, dtype, interpret):
     A kernel too, so that one part alone and several, of which one has keys, are divided by the same instruction.
     """
     number, parts, heads, width = values.shape
-    block = _power_divisor(heads, _LEAST_PRODUCT)
+    block = _power_divisor(heads, LEAST_PRODUCT)
     per_part = pl.BlockSpec((None, parts, block), lambda i, h: (i, 0, h))
     return pl.pallas_call(
         functools.partial(_join_kernel, parts),
@@ -208,16 +218,13 @@ def interpreted(**arguments: Any) -> jax.Array:
     return compressed_attention(**arguments, interpret=True)
 
 
-def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, keys, split, interpret):
-    at = dict(zip(names, refs, strict=False))
-    results = refs[len(names) :]
+def _kernel(structure, q_ref, sink_ref, *refs, parts, tiles, length, window_size, scale, keys, split, interpret):
+    at = jax.tree.unflatten(structure, refs[: structure.num_leaves])
+    results = refs[structure.num_leaves :]
     query, part_number = at["first"][0] + pl.program_id(1), pl.program_id(2)
     b, s = query // length, query % length
-    half = q_ref.shape[1] // 2
-    halves = (slice(0, half), slice(half, 2 * half))
-    q = [q_ref[:, part] for part in halves]
+    q = [q_ref[:, tile] for tile in tiles]
     layer, start = at["layer"][0], at["start"][b]
-    channel = lax.broadcasted_iota(jnp.int32, (keys, half), 1)
     turn = jnp.arange(keys, dtype=jnp.int32)
 
     def dot(x, y, axis):
@@ -232,21 +239,12 @@ def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, ke
             preferred_element_type=jnp.float32,
         )
 
-    def rows(ref, where, row, wanted):
-        """Both halves of rows [keys] of ``ref``, zero where not wanted; no other row is touched."""
-        wanted = jnp.broadcast_to(wanted[:, None], (keys, half))
-        row = jnp.broadcast_to(jnp.where(wanted, row[:, None], 0), (keys, half))
-        if ref.dtype == jnp.uint32:
-            words = plgpu.load(ref.at[(*where, row, channel)], mask=wanted, other=jnp.uint32(0))
-            parts = (words << 16, words & jnp.uint32(0xFFFF0000))
-            # Each float32 holds a bfloat16 and sixteen zeros: the cast rounds nothing.
-            return [lax.bitcast_convert_type(part, jnp.float32).astype(jnp.bfloat16) for part in parts]
-        zero = jnp.zeros((), ref.dtype)
-        return [plgpu.load(ref.at[(*where, row, channel + offset)], mask=wanted, other=zero) for offset in (0, half)]
+    def rows(name, where, row, wanted):
+        return load_tiles(at[name], where, row, wanted, tiles)
 
     def add(state, found, visible):
         high, total, acc = state
-        scores = (dot(q[0], found[0], 1) + dot(q[1], found[1], 1)) * scale
+        scores = sum(dot(own, k, 1) for own, k in zip(q, found, strict=True)) * scale
         scores = jnp.where(visible[None, :], scores, -jnp.inf)
         highest = jnp.maximum(high, jnp.max(scores, axis=1))
         weights = jnp.exp(scores - highest[:, None])
@@ -260,10 +258,10 @@ def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, ke
         position = start + s - (window_size - 1) + step
         visible = (position >= 0) & (step < window_size)
         if "ring" not in at:
-            return add(state, rows(at["window"], (b,), s + step, visible), visible)
-        own, size = position >= start, at["ring"].shape[2]
-        new = rows(at["window"], (b,), position - start, visible & own)
-        old = rows(at["ring"], (layer, b), lax.rem(jnp.maximum(position, 0), size), visible & ~own)
+            return add(state, rows("window", (b,), s + step, visible), visible)
+        own, size = position >= start, jax.tree.leaves(at["ring"])[0].shape[2]
+        new = rows("window", (b,), position - start, visible & own)
+        old = rows("ring", (layer, b), lax.rem(jnp.maximum(position, 0), size), visible & ~own)
         return add(state, [jnp.where(own[:, None], n, o) for n, o in zip(new, old, strict=True)], visible)
 
     def visit_entries(index, state):
@@ -274,11 +272,11 @@ def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, ke
             row = jnp.where(visible, place, 0)
             entry = plgpu.load(at["indices"].at[b, s, row], mask=visible, other=jnp.int32(-1))
             visible = entry >= 0
-        return add(state, rows(at["entries"], (layer, b), entry, visible), visible)
+        return add(state, rows("entries", (layer, b), entry, visible), visible)
 
     sink = sink_ref[...]
-    nothing = jnp.zeros((sink.shape[0], half), jnp.float32)
-    state = (sink, jnp.ones_like(sink), (nothing, nothing))
+    nothing = tuple(jnp.zeros(own.shape, jnp.float32) for own in q)
+    state = (sink, jnp.ones_like(sink), nothing)
     window_turns, first_turn = pl.cdiv(window_size, keys), 0
     if parts > 1:
         # The first part has the sink and the window; the others begin with nothing.
@@ -299,8 +297,8 @@ def _kernel(names, q_ref, sink_ref, *refs, parts, length, window_size, scale, ke
     else:
         (values,) = results
         acc = tuple(value / total[:, None] for value in acc)
-    for part, value in zip(halves, acc, strict=True):
-        values[:, part] = value.astype(values.dtype)
+    for tile, value in zip(tiles, acc, strict=True):
+        values[:, tile] = value.astype(values.dtype)
 
 
 def _power_divisor(number: int, largest: int) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4.formats import KV_BLOCK
-from deepseek_v4.stored_rows import COLUMN_TILE, KVColumns, KVWords
+from deepseek_v4.stored_rows import COLUMN_TILE, KVColumns, KVRows, KVWords
 from pallas_kernels.compressed_attention import blocks, compressed_attention, gpu, tpu, tpu_common, training_cases
 from pallas_kernels.compressed_attention.cost import attention_cost
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
@@ -32,7 +32,10 @@ _CI = {
 }
 
 
-def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, context: int) -> Case:
+def _case(
+    model: ModelShape, kind: str, phase: str, rows: int, queries: int, context: int, *, by_rows: bool = False
+) -> Case:
+    """``by_rows``: what is kept in the bytes of the release is kept in rows, the ring too, as on GPUs."""
     of, _, fp8 = kind.partition("-")
     ratio = {"csa": model.csa_ratio, "hca": model.hca_ratio, "swa": 0}[of]
     batch = rows if phase == "decode" else 1
@@ -43,7 +46,9 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
     arguments: dict[str, Any] = {
         "q": jax.ShapeDtypeStruct((batch, queries, model.heads, model.head_dim), bf16),
         "window": jax.ShapeDtypeStruct((batch, queries, model.head_dim), bf16),
-        "ring": jax.ShapeDtypeStruct((_LAYERS, batch, ring, model.head_dim), bf16),
+        "ring": _rows(model, batch, ring)
+        if by_rows
+        else jax.ShapeDtypeStruct((_LAYERS, batch, ring, model.head_dim), bf16),
         "sink": jax.ShapeDtypeStruct((model.heads,), jnp.float32),
         "start": jax.ShapeDtypeStruct((batch,), i32),
         "layer": jax.ShapeDtypeStruct((), i32),
@@ -55,7 +60,7 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
     if ratio:
         total = context // ratio
         selected = min(model.topk, total) if of == "csa" else total
-        arguments["entries"] = _stored(model, kind, batch, total)
+        arguments["entries"] = _rows(model, batch, total) if by_rows else _stored(model, kind, batch, total)
         arguments["counts"] = jax.ShapeDtypeStruct((batch, queries), i32)
         split |= {"entries": 1, "counts": 0}
         if of == "csa":
@@ -75,6 +80,7 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
         causal_ratio=ratio,
         context=context,
         entry_bytes=arguments["entries"].fetched_bytes if fp8 else None,
+        ring_bytes=arguments["ring"].fetched_bytes if by_rows else None,
     )
     return Case(
         name=name,
@@ -86,6 +92,19 @@ def _case(model: ModelShape, kind: str, phase: str, rows: int, queries: int, con
         representative=name in _CI,
         split=split,
         values=functools.partial(_values, batch, queries, context, ratio, selected if of == "csa" else 0),
+        on_gpus=_case(model, kind, phase, rows, queries, context, by_rows=True) if fp8 and not by_rows else None,
+    )
+
+
+def _rows(model: ModelShape, batch: int, total: int) -> KVRows:
+    """Rows in the bytes of the release, 584 of them at a head_dim of 512."""
+    content, rope = model.head_dim - model.rope_dims, model.rope_dims
+    scales = -(-content // KV_BLOCK)
+    scales += -(content + 2 * rope + scales) % 8
+    return KVRows(
+        jax.ShapeDtypeStruct((_LAYERS, batch, total, content), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((_LAYERS, batch, total, rope), jnp.bfloat16),
+        jax.ShapeDtypeStruct((_LAYERS, batch, total, scales), jnp.float8_e8m0fnu),
     )
 
 
@@ -136,7 +155,7 @@ def cases() -> tuple[Case, ...]:
 
 def _unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     if chip.platform == "cuda":
-        return gpu.unserved(arguments["q"], arguments.get("entries"))
+        return gpu.unserved(arguments["q"], arguments.get("entries"), arguments.get("ring"))
     return tpu.unserved(arguments["q"], arguments.get("entries"), arguments.get("indices"), arguments["window_size"])
 
 

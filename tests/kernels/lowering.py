@@ -23,5 +23,5 @@ def served_on_gpus(name: str) -> Iterator[str]:
     """The names of an operation's representative cases that a GPU kernel serves."""
     operation = operations()[name]
     for case in operation.cases():
-        if case.representative and operation.unserved(chip("h200"), case.arguments) is None:
+        if case.representative and operation.unserved(chip("h200"), case.on(chip("h200")).arguments) is None:
             yield case.name

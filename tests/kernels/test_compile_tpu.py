@@ -53,7 +53,8 @@ def test_every_operation_has_cases_with_distinct_names_and_ci_shapes():
         cases = operation.cases()
         assert len({case.name for case in cases}) == len(cases), name
         assert any(case.representative for case in cases), f"{name}: no case is compiled in CI"
-        for case in cases:
+        for case in (form for case in cases for form in (case, case.on(targets.chip("h200")))):
+            assert case.name in {case.name for case in cases}
             assert case.traced(), case.name
             assert set(case.protected) <= set(case.traced()), case.name
             assert set(case.split) <= set(case.traced()), case.name

@@ -8,7 +8,7 @@ import pytest
 from small_models import compiled, small_config, small_model
 
 from deepseek_v4 import Execution, Model
-from deepseek_v4.stored_rows import KVWords
+from deepseek_v4.stored_rows import KVRows, KVWords
 
 # A window that slides, several CSA entries, one HCA entry.
 LENGTH = 135
@@ -33,15 +33,18 @@ def test_a_model_on_kernels_prefers_the_same_tokens(kernels):
 
 
 @pytest.mark.slow  # every kernel of two layers is interpreted, several times
-def test_a_model_on_kernels_over_the_published_cache_prefers_the_same_tokens():
-    """A chunk and steps behind a cache that the twins filled, CSA entries as words and HCA entries in columns."""
+@pytest.mark.parametrize(
+    ("kernels", "layout", "form"), [("tpu_interpret", "columns", KVWords), ("gpu_interpret", "published", KVRows)]
+)
+def test_a_model_on_kernels_over_the_published_cache_prefers_the_same_tokens(kernels, layout, form):
+    """A chunk and steps behind a cache that the twins filled: CSA entries as words, HCA entries in columns; or rows."""
     config = small_config((4, 128), mtp=False, num_hash_layers=0, hidden_size=128, index_topk=8)
     small = small_model(config, seed=3, dtype="bfloat16")
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (1, 150)))
-    execution = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout="columns", implementation="xla")
+    execution = Execution("bfloat16", frozenset({"kv", "indexer"}), entry_layout=layout, implementation="xla")
     twins = dataclasses.replace(small.model, execution=execution)
     filled = compiled(twins.forward)(small.params, tokens[:, :130], twins.init_cache(1, 256)).cache
-    assert any(isinstance(m["entries"], KVWords) for group in filled["groups"] for m in group if "entries" in m)
+    assert any(isinstance(m["entries"], form) for group in filled["groups"] for m in group if "entries" in m)
 
     def run(implementation):
         execution = dataclasses.replace(twins.execution, implementation=implementation)
@@ -55,7 +58,7 @@ def test_a_model_on_kernels_over_the_published_cache_prefers_the_same_tokens():
         return np.concatenate([np.asarray(a, np.float32) for a in out], axis=1), chosen
 
     expected, by_twins = run("xla")
-    got, by_kernels = run("tpu_interpret|xla")
+    got, by_kernels = run(f"{kernels}|xla")
     assert by_kernels == by_twins
     assert not np.array_equal(got, expected), "no kernel ran"
     # bfloat16 streams round terms that were added in another order to 2^-9 of themselves, layer by layer.
