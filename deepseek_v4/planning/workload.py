@@ -141,11 +141,9 @@ class Setting:
     def scores_stay(self) -> bool:
         """Whether a kernel selects entries: index scores then stay on the chip.
 
-        GPUs keep those of a few queries at a time, as many as their L2 cache takes; their kernel does not read the
-        released bytes as rows, in which they keep them.
+        GPUs keep those of a few queries at a time, as many as their L2 cache takes.
         """
-        kernel = self.topology.chip.platform == "tpu" or self.workload.cache == "bf16"
-        return kernel and self.workload.phase != "train"
+        return self.workload.phase != "train"
 
     @property
     def index_share(self) -> Literal["queries", "rows"] | None:

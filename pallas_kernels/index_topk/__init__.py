@@ -43,7 +43,8 @@ def index_topk(
     together, each for a share of the queries or rows; where neither divides, the twin adds partial scores before
     anything is compared. ``keys_over`` names those that split the keys: ``keys`` are then this device's range of them,
     the others' follow in the order of the mesh; counts and what is returned number them all, and the result is that of
-    unsplit keys. No kernel serves ``first_entries`` or ``KeyRows``. There is no gradient. Source: paper eq. 13-17.
+    unsplit keys. No kernel serves ``first_entries``, and none for TPUs ``KeyRows``. There is no gradient. Source: paper
+    eq. 13-17.
     """
     # A kernel is given all heads of a query.
     heads = q.shape[2] * jax.lax.axis_size(sum_over) if sum_over else q.shape[2]

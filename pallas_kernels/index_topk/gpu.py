@@ -1,12 +1,12 @@
 """GPU kernels (Pallas on Triton) of ``index_topk``: scores of a few queries at a time, and a tournament among them.
 
 Scores of a group of queries, as many as fit a fixed part of the L2 cache, are written as unsigned integers in the same
-order: a program multiplies a tile of keys, numbers or FP4 in columns, which it decodes in registers, with one query
-after another, heads along the columns, and adds them there. The selection then cuts every query's scores into parts,
-and a program per part finds its k largest: the k-th by bisection of its bits with the part in registers, then the place
-of each by one cumulative sum, which leaves them in the order of their indices. What is selected is the next round's
-input, until one part is left. Each key is scored once, no sum crosses programs, and the result is exact whatever the
-parts. XLA puts the k in descending order.
+order: a program multiplies a tile of keys, numbers or FP4, which it decodes in registers, with one query after another,
+heads along the columns, and adds them there. The selection then cuts every query's scores into parts, and a program per
+part finds its k largest: the k-th by bisection of its bits with the part in registers, then the place of each by one
+cumulative sum, which leaves them in the order of their indices. What is selected is the next round's input, until one
+part is left. Each key is scored once, no sum crosses programs, and the result is exact whatever the parts. XLA puts the
+k in descending order.
 
 Written on the Triton backend of Pallas, which jax 0.10.2 has and 0.11 calls deprecated. Nothing here was ever timed.
 """
@@ -22,8 +22,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from deepseek_v4.execution import dot_precision
 from deepseek_v4.formats import FP4_BLOCK
-from deepseek_v4.stored_rows import KeyColumns, layer_of
-from pallas_kernels.gpu_decode import fp4_halves
+from deepseek_v4.stored_rows import STORED, KeyColumns, KeyRows, layer_of
+from pallas_kernels.gpu_decode import as_words, fp4_halves, fp4_tile
 from pallas_kernels.index_topk.gpu_plan import FEW_QUERIES, KEYS, Parts, Plan, shape_class
 from pallas_kernels.index_topk.gpu_select import tournament, whole
 from pallas_kernels.targets import current_chip
@@ -57,7 +57,7 @@ def ranked_topk(
     q, weights, keys = lax.stop_gradient((q, weights, keys))
     batch, length = q.shape[:2]
     parts = parts or tuned("index_topk", None if interpret else current_chip(), shape_class(length), Parts())
-    if not isinstance(keys, KeyColumns) and keys.dtype != q.dtype:
+    if not isinstance(keys, STORED) and keys.dtype != q.dtype:
         keys, layer = layer_of(keys, layer)[None].astype(q.dtype), 0
     entries = keys.shape[2]
     budget = budget or (_FEW_BYTES if length <= FEW_QUERIES else _MANY_BYTES)
@@ -104,10 +104,15 @@ def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
     ``at`` is the layer, the first row of the keys and the group's first block. Tiles beyond all that the queries of a
     block see are not written.
     """
-    # Keys in columns are two arrays of words, read in place.
-    operands = (at, limits, q, weights, *jax.tree.leaves(keys))
+    # Keys in released bytes are two arrays of words, read in place.
+    read, stored = _numbers, [keys]
+    if isinstance(keys, KeyColumns):
+        read, stored = _columns, [*keys]
+    elif isinstance(keys, KeyRows):
+        read, stored = _rows, [as_words(part) for part in keys]
+    operands = (at, limits, q, weights, *stored)
     return pl.pallas_call(
-        functools.partial(_score_kernel, p),
+        functools.partial(_score_kernel, p, read),
         # Blocks of queries that look at the same keys are neighbours in time.
         grid=(p.group, p.key_blocks),
         in_specs=[whole(a) for a in operands],
@@ -119,7 +124,7 @@ def _scores(p: Plan, at, limits, q, weights, keys) -> jax.Array:
     )(*operands)
 
 
-def _score_kernel(p: Plan, at, limits, q, weights, *refs):
+def _score_kernel(p: Plan, read, at, limits, q, weights, *refs):
     *keys, out = refs
     own, tile = pl.program_id(0), pl.program_id(1)
     block = at[2] + own
@@ -127,8 +132,8 @@ def _score_kernel(p: Plan, at, limits, q, weights, *refs):
     key = tile * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
     most = lax.fori_loop(0, p.queries, lambda i, most: jnp.maximum(most, limits[own * p.queries + i]), jnp.int32(0))
     width = q.shape[-1]
-    # Numbers enter one product, FP4 two: of the channels that the low nibbles hold and of the others.
-    spans = [slice(0, width)] if len(keys) == 1 else [slice(0, width // 2), slice(width // 2, width)]
+    # Columns enter two products, of the channels that their low nibbles hold and of the others; rows enter one.
+    spans = [slice(0, width // 2), slice(width // 2, width)] if read is _columns else [slice(0, width)]
 
     def visit(i, rows):
         products = sum(
@@ -151,7 +156,6 @@ def _score_kernel(p: Plan, at, limits, q, weights, *refs):
 
     @pl.when(real > 0)
     def _():
-        read = _numbers if len(keys) == 1 else _columns
         rows = read(keys, (at[0], at[1] + row), key, p.entries, width)
         lax.fori_loop(0, real, visit, tuple(_operand(p, part) for part in rows))
 
@@ -164,6 +168,15 @@ def _numbers(keys, where, key, entries, width):
     place = jnp.broadcast_to(jnp.where(key < entries, key, 0)[:, None], shape)
     channel = lax.broadcasted_iota(jnp.int32, shape, 1)
     return (plgpu.load(rows.at[(*where, place, channel)], mask=present, other=jnp.zeros((), rows.dtype)),)
+
+
+def _rows(keys, where, key, entries, width):
+    """Keys [128, d] of FP4 in rows (``deepseek_v4.stored_rows.KeyRows``), whose four scales are one word; as above."""
+    codes, scales = keys
+    present = key < entries
+    place = jnp.where(present, key, 0)
+    scale = plgpu.load(scales.at[(*where, place, 0)], mask=present, other=jnp.uint32(0))
+    return (fp4_tile(*_numbers([codes], where, key, entries, width // 8), scale, jnp.bfloat16),)
 
 
 def _columns(keys, where, key, entries, width):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4.formats import FP4_BLOCK
-from deepseek_v4.stored_rows import KeyColumns
+from deepseek_v4.stored_rows import KeyColumns, KeyRows
 from pallas_kernels.index_topk import gpu, gpu_plan, index_topk, tpu
 from pallas_kernels.index_topk.cost import topk_cost
 from pallas_kernels.index_topk.unserved import unserved, unserved_on_gpu
@@ -30,7 +30,10 @@ _CI = {
 }
 
 
-def _case(model: ModelShape, keys: str, phase: str, rows: int, context: int, queries: int = 1) -> Case:
+def _case(
+    model: ModelShape, keys: str, phase: str, rows: int, context: int, queries: int = 1, *, by_rows: bool = False
+) -> Case:
+    """``by_rows``: FP4 keys are kept in rows, as on GPUs."""
     decode = phase == "decode"
     batch, length = (rows, queries) if decode else (1, rows)
     heads, width, entries = model.index_heads, model.index_dim, context // model.csa_ratio
@@ -43,7 +46,7 @@ def _case(model: ModelShape, keys: str, phase: str, rows: int, context: int, que
         arguments={
             "q": jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16),
             "weights": jax.ShapeDtypeStruct((batch, length, heads), jnp.float32),
-            "keys": _stored(keys, batch, entries, width),
+            "keys": _released_rows(batch, entries, width) if by_rows else _stored(keys, batch, entries, width),
             "counts": jax.ShapeDtypeStruct((batch, length), jnp.int32),
             "layer": jax.ShapeDtypeStruct((), jnp.int32),
             "k": model.topk,
@@ -61,6 +64,16 @@ def _case(model: ModelShape, keys: str, phase: str, rows: int, context: int, que
         representative=name in _CI,
         values=functools.partial(_values, batch, length, context, model.csa_ratio),
         split={"q": 0, "weights": 0, "keys": 1, "counts": 0} if decode else {},
+        on_gpus=_case(model, keys, phase, rows, context, queries, by_rows=True) if keys and not by_rows else None,
+    )
+
+
+def _released_rows(batch: int, entries: int, width: int) -> KeyRows:
+    """The keys of a cache in FP4, in rows."""
+    lead = (_LAYERS, batch, entries)
+    return KeyRows(
+        jax.ShapeDtypeStruct((*lead, width // 2), jnp.uint8),
+        jax.ShapeDtypeStruct((*lead, width // FP4_BLOCK), jnp.float8_e8m0fnu),
     )
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from deepseek_v4.formats import FP4_BLOCK
 from deepseek_v4.stored_rows import KeyColumns, KeyRows
+from pallas_kernels.gpu_decode import WORD
 from pallas_kernels.index_topk.tpu_keys import unaligned
 from pallas_kernels.index_topk.tpu_search import CHUNK, LANES, MAX_ENTRIES
 from pallas_kernels.targets import Chip
@@ -22,6 +24,8 @@ def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = 
 
     ``compiled``: not interpreted.
     """
+    if isinstance(keys, KeyRows):
+        return "keys in the published layout by rows"
     if reason := _unserved_everywhere(q, keys, first_entries):
         return reason
     if k > CHUNK:
@@ -33,6 +37,8 @@ def unserved(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = 
 
 def unserved_on_gpu(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: bool = True) -> str | None:
     """The same of the GPU kernel."""
+    if isinstance(keys, KeyRows) and q.shape[-1] != WORD * FP4_BLOCK:
+        return f"released rows of {q.shape[-1]} channels, expected {WORD * FP4_BLOCK}"
     if reason := _unserved_everywhere(q, keys, first_entries):
         return reason
     if k > _MOST_SELECTED:
@@ -49,8 +55,6 @@ def unserved_on_gpu(q: Any, keys: Any, k: int, first_entries: Any, *, compiled: 
 def _unserved_everywhere(q: Any, keys: Any, first_entries: Any) -> str | None:
     if first_entries is not None:
         return "rows of several documents"
-    if isinstance(keys, KeyRows):
-        return "keys in the published layout by rows"
     if reason := unaligned(keys):
         return reason
     if q.dtype not in (jnp.bfloat16, jnp.float32):

@@ -187,6 +187,24 @@ def test_fp4_columns_select_as_float64_would_and_as_their_numbers_do(kernel, wid
         np.testing.assert_array_equal(found, expected[1])
 
 
+def test_fp4_rows_give_the_bits_that_their_numbers_give_on_gpus():
+    """Part of a last tile, every code at many scales; rows that no query sees hold bytes whose scales are NaN."""
+    rng = np.random.default_rng(4)
+    numbers = rng.normal(size=(2, 1, 300, 128)) * 2.0 ** rng.integers(-40, 40, (2, 1, 300, 1))
+    rows = KeyRows(jnp.zeros(64, jnp.uint8), jnp.zeros(4, jnp.float8_e8m0fnu)).pack(jnp.asarray(numbers, jnp.float32))
+    keys = rows.unpack(jnp.bfloat16)
+    nowhere = np.arange(300)[:, None] >= 290
+    unseen = (np.where(nowhere, np.uint8(255), np.asarray(part).view(np.uint8)) for part in rows)
+    rows = KeyRows(*(jnp.asarray(part.view(form.dtype)) for part, form in zip(unseen, rows, strict=True)))
+    q, weights = rng.normal(size=(1, 3, HEADS, 128)), rng.normal(size=(1, 3, HEADS))
+    arguments = {"q": jnp.asarray(q, jnp.bfloat16), "weights": jnp.asarray(weights, jnp.float32)}
+    arguments |= {"counts": jnp.asarray([[290, 0, 256]]), "layer": 1, "k": 64}
+    for found, expected in zip(
+        gpu.interpreted(keys=rows, **arguments), gpu.interpreted(keys=keys, **arguments), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(("batch", "length"), [(1, 8), (4, 3), (3, 1)])  # queries, rows, or nothing is shared out
 @pytest.mark.parametrize("keys_over", [(), ("context",)])
 @pytest.mark.parametrize("topk", [merge.kernel_topk, merge.twin_topk])
@@ -218,6 +236,8 @@ def test_what_no_kernel_serves_is_refused_by_name_and_left_to_the_twin():
     many = jax.ShapeDtypeStruct((1, 1, 1 << 19, 64), jnp.float32)
     with pytest.raises(ValueError, match="2 heads are not a power of two of at least 16"):
         index_topk(q.astype(jnp.bfloat16), weights, keys, counts, k=4, implementation="gpu")
+    with pytest.raises(ValueError, match="released rows of 64 channels, expected 128"):
+        index_topk(q.astype(jnp.bfloat16), weights, published, counts, k=4, implementation="gpu")
     for keys_of_call, rest, reason in (
         (keys, {"first_entries": counts}, "several documents"),
         (published, {}, "published layout by rows"),

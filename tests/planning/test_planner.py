@@ -90,15 +90,20 @@ def test_least_times_of_one_token_in_closed_form():
     rows = 6 / 8 * (4096 * (2 + 4) + 3 * 2 * 2048)
     assert csa["routed experts"].limit == "HBM"
     assert csa["routed experts"].seconds == pytest.approx((experts + rows) / chip.hbm_bandwidth)
-    # All index keys are read once; where no kernel reads them, scores are written and read.
+    # All index keys are read once.
     keys = (1 << 17) // 4
     assert csa["index scores"].seconds == pytest.approx(keys * 128 * 2 / chip.hbm_bandwidth)
     stored = setting("h200:8", "expert=8", Workload("decode", 1, 1 << 17, cache="fp8"))
-    twin = parts(stages(stored), "CSA")["index scores"]
-    assert twin.seconds == pytest.approx(keys * (128 * 2 + 2 * 4) / chip.hbm_bandwidth)
+    # In FP4 they take 68 bytes each, which cross sooner than they are multiplied with 64 heads.
+    products = 2 * keys * 128 * 64 / chip.peak["bfloat16"]
+    assert products > keys * 68 / chip.hbm_bandwidth
+    assert parts(stages(stored), "CSA")["index scores"].seconds == pytest.approx(products)
     # HCA reads one entry per 128 tokens, the window, queries and outputs, a count and the sinks.
     read = ((1 << 17) // 128 + 128 + 2 * 64) * 512 * 2 + 4 + 4 * 64
     assert hca["attention"].seconds == pytest.approx(read / chip.hbm_bandwidth)
+    # In the bytes of the release entries and earlier tokens take 584 each, not 1,024.
+    read -= ((1 << 17) // 128 + 127) * (1024 - 584)
+    assert parts(stages(stored), "HCA")["attention"].seconds == pytest.approx(read / chip.hbm_bandwidth)
     # Float32 sums of the experts' outputs over eight GPUs.
     assert hca["expert outputs"].limit == "all-reduce over expert (NVLink)"
     assert hca["expert outputs"].seconds == pytest.approx(2 * (4 * 4096 * 7 / 8 / 450e9 + HOP_SECONDS))
