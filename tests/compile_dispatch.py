@@ -1,4 +1,4 @@
-"""What experts exchange, compiled for four chips: prints JSON, the collectives of every program.
+"""What experts exchange, compiled for four chips: prints JSON, the collectives and kernels of every program.
 
 python tests/compile_dispatch.py v6e exact gradient
 
@@ -11,6 +11,7 @@ of its own (``abstract_devices``).
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -100,10 +101,18 @@ def programs(devices, names):
                 yield name, forward.lower(x, ids, routing, weights(placement, packed=True)).compile()
 
 
+def kernels(text):
+    """The names of the expert kernels that a program calls on TPUs."""
+    return sorted(set(re.findall(r"%(expert_\w+?)(?:\.\d+)? = [^\n]*tpu_custom_call", text)))
+
+
 def main(chip, *names):
     devices = abstract_devices(chip, (2, 2) if chip.startswith("v") else (4, 1))
     return {
-        name: {found.kind: dataclasses.asdict(found) for found in collectives(program.as_text())}
+        name: {
+            "collectives": {found.kind: dataclasses.asdict(found) for found in collectives(program.as_text())},
+            "kernels": kernels(program.as_text()),
+        }
         for name, program in programs(devices, names)
     }
 

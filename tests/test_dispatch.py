@@ -160,7 +160,7 @@ def test_the_twin_of_the_ragged_exchange_moves_what_it_says():
 
 
 def compiled_for(chip, *programs):
-    """Collectives by program and kind: see compile_dispatch.py."""
+    """Collectives by kind, and kernels, of every program: see compile_dispatch.py."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, str(TESTS / "compile_dispatch.py"), chip, *programs]
@@ -173,6 +173,13 @@ def compiles(chip, package, *programs, slow=False):
     missing = importlib.util.find_spec(package) is None
     marks = [pytest.mark.skipif(missing, reason=f"{package} is not installed"), *([pytest.mark.slow] if slow else [])]
     return pytest.param(chip, programs, marks=marks, id=f"{chip}-{'-'.join(programs)}")
+
+
+GRADIENT_KERNELS = {
+    "gradient": ["expert_mlp_bf16", "expert_mlp_weight_gradient_bf16", "expert_weight_gradient"],
+    "gradient-packed": ["expert_mlp_fp4", "expert_mlp_gradient_fp4"],
+}
+"""What TPUs run: float32 masters rounded, and packed weights as they are stored."""
 
 
 @pytest.mark.parametrize(
@@ -190,7 +197,8 @@ def test_real_compilers_keep_the_ragged_exchange_and_gather_no_experts(chip, pro
     # are added where they came from, of 640 * 4.
     rows, results, tile = 4 * 640 * 4, 640 * 4 * 1024, 512 if chip == "v6e" else 4
     sizes = {"exact": (2048, 4), "fp8": (1032, 4), "fp8-bfloat16": (1032, 2)}
-    for name, found in compiled_programs.items():
+    for name, program in compiled_programs.items():
+        found = program["collectives"]
         # All that is gathered is how many rows every device has for every expert.
         assert set(found) == {"all-gather", "ragged-all-to-all"}, name
         assert found["all-gather"]["bytes"] == 4 * 16 * 4, name
@@ -198,6 +206,8 @@ def test_real_compilers_keep_the_ragged_exchange_and_gather_no_experts(chip, pro
         if name.startswith("gradient"):
             # Rows, weights and results; again rows and weights, with gradients, and both of theirs back.
             assert moved["times"] == 8
+            if chip == "v6e":
+                assert program["kernels"] == GRADIENT_KERNELS[name]
         else:
             sent, returned = sizes[name]
             assert moved["times"] == 3, name
@@ -206,7 +216,8 @@ def test_real_compilers_keep_the_ragged_exchange_and_gather_no_experts(chip, pro
 
 @pytest.mark.parametrize(("chip", "programs"), [compiles("v6e", "libtpu", "scattered")])
 def test_sums_of_experts_over_all_chips_are_scattered(chip, programs):
-    (found,) = compiled_for(chip, *programs).values()
+    (program,) = compiled_for(chip, *programs).values()
+    found = program["collectives"]
     # Half of a row's float32 sums, then a quarter of them; one all-reduce would be all of them.
     assert set(found) == {"reduce-scatter"}
     assert (found["reduce-scatter"]["times"], found["reduce-scatter"]["bytes"]) == (2, 2560 * 1024 * 4 * 3 / 4)

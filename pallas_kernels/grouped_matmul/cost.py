@@ -114,6 +114,29 @@ def kernel_gradient_bytes(
     return blocks * expert_bytes(kind, hidden, width, scale_itemsize) + rows + 20 * tokens * choices
 
 
+def expert_mlp_weight_gradient_cost(*, hidden: int, width: int, experts: int, **sizes) -> Cost:
+    """What the gradient to rows, routing weights and bfloat16 weights must move and compute; ``sizes`` as above.
+
+    The bytes of ``expert_mlp_gradient_cost``, and the float32 gradients of all weights, written once; three more
+    products per row.
+    """
+    of_rows = expert_mlp_gradient_cost(hidden=hidden, width=width, experts=experts, **sizes)
+    (products,) = of_rows.operations.values()
+    return Cost(
+        bytes_read=of_rows.bytes_read,
+        bytes_written=of_rows.bytes_written + 3 * 4 * experts * hidden * width,
+        operations=MappingProxyType({"bfloat16": products // 5 * 8}),
+    )
+
+
+def kept_row_bytes(hidden: int, width: int) -> int:
+    """Bytes of a row that the backward pass of the TPU kernel keeps for the gradients of weights.
+
+    bfloat16: the row of x, that of the result's gradient, the gradients of gate and up, and the input of W2.
+    """
+    return 2 * (2 * hidden + 3 * width)
+
+
 def _sums_bytes(tokens: int, served: int, choices: int) -> int:
     """Per column of the result: cleared, then read and written for every choice; or written, where there is one."""
     return 4 * (tokens + (2 if choices > 1 else 1) * served)

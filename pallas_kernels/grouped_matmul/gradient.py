@@ -1,7 +1,7 @@
 """Gradients of ``expert_mlp``, one block of one expert at a time.
 
-What follows is the twin. A kernel has one of its own for calls whose packed weights have no adapters
-(``tpu_backward``), and differentiates the others as the twin does.
+What follows is the twin. Kernels for TPUs have one of their own, for weights that are constants and for weights that
+are trained (``tpu_backward``); calls with adapters they do not serve in either pass.
 
 Packed weights are constants: gradients reach rows and routing weights through them, adapters, and plain weights. The
 rounding of ``simulate_activations`` counts as the identity. Weights are decoded again where they are needed, one expert
@@ -13,7 +13,7 @@ Rows that travel do so again in the backward pass, with their gradients, and the
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_v4.formats import ACTIVATION_BLOCK, simulate_fp8
 from deepseek_v4.nn.swiglu import clamped_swiglu
+from deepseek_v4.relayout import narrowed
 from pallas_kernels.grouped_matmul.xla import Matrix, cut, expert_linears, linear, product, sum_of_choices
 
 
@@ -57,11 +58,35 @@ class Exchange(Protocol):
         ...
 
 
-def with_gradient(forward: Callable, saving: Callable | None = None, backward: Callable | None = None) -> Callable:
+_NO_GRADIENTS = ((None, None),) * 3
+"""Of packed weights without adapters."""
+
+
+class Kernels(NamedTuple):
+    """Kernels for gradients, with the signatures of ``expert_mlp_gradient`` and ``expert_mlp_weight_gradient``."""
+
+    of_rows: Callable
+    of_weights: Callable
+
+    def __call__(self, totals, gradient, x, ids, routing, *weights, limit, simulate_activations, layer):
+        """(dx, drouting, totals) as the twin gives them."""
+        options = {"limit": limit, "layer": layer}
+        if weights[0][1] is not None:
+            return *self.of_rows(gradient, x, ids, routing, *weights, **options), _NO_GRADIENTS
+        options |= {
+            "simulate_activations": simulate_activations,
+            "totals": None if totals is None else tuple(matrix for matrix, _ in totals),
+        }
+        dx, drouting, matrices = self.of_weights(gradient, x, ids, routing, *weights, **options)
+        return dx, drouting, tuple((matrix, None) for matrix in matrices)
+
+
+def with_gradient(forward: Callable, saving: Callable | None = None, kernels: Kernels | None = None) -> Callable:
     """``forward(x, expert_ids, expert_weights, w1, w2, w3, **static)``, made differentiable as the module says.
 
-    ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for. ``backward``
-    is a kernel with the signature of ``expert_mlp_gradient``, for calls in which no weight has a gradient.
+    ``saving`` is a ``forward`` that also returns (gate, up), for use where a gradient will be asked for. ``kernels``
+    are those of the backward pass, which know no adapters. With them plain weights that are wider than x are rounded
+    before either pass, all experts of the layer, to what the twin multiplies.
     """
 
     def call(x, expert_ids, expert_weights, w1, w2, w3, *, layer, adapters=None, gather=None, exchange=None, **static):
@@ -73,6 +98,8 @@ def with_gradient(forward: Callable, saving: Callable | None = None, backward: C
             weights = tuple((m, None) for m in matrices) if plain else stored
             if gather is not None:
                 (weights, adapters), layer = gather.gather(weights, adapters, layer), None
+            if kernels is not None:
+                weights, layer = as_multiplied(weights, layer, x.dtype)
             adapted = {} if adapters is None else {"adapters": adapters}
             return (x, ids, routing, *weights), {"layer": layer, **adapted, **static}
 
@@ -100,17 +127,16 @@ def with_gradient(forward: Callable, saving: Callable | None = None, backward: C
         def run_backward(residuals, gradient):
             inputs, saved = residuals
             (x, ids, routing, *weights), keywords = arguments(*inputs)
-            totals = _zero_gradients(weights, keywords.get("adapters"))
 
             def run_rows(totals, gradient, x, ids, routing):
-                if backward is not None and not jax.tree.leaves(totals):
-                    options = {"limit": keywords["limit"], "layer": keywords["layer"]}
-                    return *backward(gradient, x, ids, routing, *weights, **options), totals
+                if kernels is not None:
+                    return kernels(totals, gradient, x, ids, routing, *weights, **keywords)
                 return _gradients(totals, gradient, saved, x, ids, routing, *weights, **keywords)
 
             if exchange is None:
-                dx, drouting, totals = run_rows(totals, gradient, x, ids, routing)
+                dx, drouting, totals = run_rows(None, gradient, x, ids, routing)
             else:
+                totals = _zero_gradients(weights, keywords.get("adapters"))
                 dx, drouting, totals = exchange.backward(
                     run_rows, totals, gradient.astype(x.dtype), x, ids, routing, weights[0][0].shape[-3]
                 )
@@ -133,11 +159,32 @@ def with_gradient(forward: Callable, saving: Callable | None = None, backward: C
     return call
 
 
+def as_multiplied(weights, layer, dtype):
+    """(w1, w2, w3) with plain matrices that are wider than ``dtype`` in it, those of one layer, and its index or None.
+
+    What rows are multiplied with is rounded before a kernel reads it, and a whole stack is not for the sake of a layer.
+    """
+    if weights[0][1] is not None or all(matrix.dtype.itemsize <= dtype.itemsize for matrix, _ in weights):
+        return weights, layer
+    if layer is not None:
+        weights = tuple((lax.dynamic_index_in_dim(matrix, layer, keepdims=False), None) for matrix, _ in weights)
+    return tuple((narrowed(matrix, dtype), None) for matrix, _ in weights), None
+
+
 def expert_mlp_gradient(gradient, x, expert_ids, expert_weights, w1, w2, w3, *, limit, layer):
     """See ``pallas_kernels.grouped_matmul.expert_mlp_gradient``."""
-    none = ((None, None),) * 3
     options = {"limit": limit, "simulate_activations": False, "layer": layer}
-    return _gradients(none, gradient, None, x, expert_ids, expert_weights, w1, w2, w3, **options)[:2]
+    return _gradients(_NO_GRADIENTS, gradient, None, x, expert_ids, expert_weights, w1, w2, w3, **options)[:2]
+
+
+def expert_mlp_weight_gradient(
+    gradient, x, expert_ids, expert_weights, w1, w2, w3, *, limit, simulate_activations, layer, totals
+):
+    """See ``pallas_kernels.grouped_matmul.expert_mlp_weight_gradient``."""
+    options = {"limit": limit, "simulate_activations": simulate_activations, "layer": layer}
+    given = None if totals is None else tuple((total, None) for total in totals)
+    dx, drouting, found = _gradients(given, gradient, None, x, expert_ids, expert_weights, w1, w2, w3, **options)
+    return dx, drouting, tuple(total for total, _ in found)
 
 
 def _zero_gradients(weights, adapters):
@@ -165,7 +212,8 @@ def _gradients(
     layer,
     adapters=None,
 ):
-    """(dx, drouting, totals), float32; to ``totals``, as ``_zero_gradients`` makes them, those of weights are added."""
+    """(dx, drouting, totals), float32: to ``totals`` (None: ``_zero_gradients``) those of weights are added."""
+    totals = _zero_gradients(weights, adapters) if totals is None else totals
     linears, experts = expert_linears(weights, layer, adapters)
     blocks, rows = cut(expert_ids, expert_weights, experts)
     used, assignment = blocks.table(rows)

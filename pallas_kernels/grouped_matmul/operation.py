@@ -9,8 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_v4.dispatch import MOST_ROWS
-from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_gradient, gpu, tpu, tpu_backward
-from pallas_kernels.grouped_matmul.cost import expert_mlp_cost, expert_mlp_gradient_cost
+from pallas_kernels.grouped_matmul import (
+    expert_mlp,
+    expert_mlp_gradient,
+    expert_mlp_weight_gradient,
+    gpu,
+    tpu,
+    tpu_backward,
+    tpu_weight_gradient,
+)
+from pallas_kernels.grouped_matmul.blocks import most_blocks
+from pallas_kernels.grouped_matmul.cost import (
+    expert_mlp_cost,
+    expert_mlp_gradient_cost,
+    expert_mlp_weight_gradient_cost,
+    kept_row_bytes,
+)
+from pallas_kernels.grouped_matmul.unserved import unserved_weights
 from pallas_kernels.registry import MIB, Case, Operation, Tuning
 from pallas_kernels.shapes import DECODE_ROWS, MODELS, PREFILL_QUERIES, ModelShape
 from pallas_kernels.targets import Chip
@@ -22,6 +37,7 @@ _CI = {
     "pro/fp4/decode/256",
     "flash/fp4/train/4096/16-experts",
     "pro/fp4/train/4096/8-experts",
+    "pro/bf16/train/16384/24-experts",
 }
 
 TRAINING_TOKENS = 4096
@@ -90,17 +106,26 @@ def _case(model: ModelShape, kind: str, tokens: int, experts: int, layers: int) 
     )
 
 
-def _gradient_case(model: ModelShape, kind: str, tokens: int, choices: int, experts: int) -> Case:
+def _gradient_case(
+    model: ModelShape, kind: str, tokens: int, choices: int, experts: int, trained: bool = False
+) -> Case:
     d = model.hidden
     name = f"{model.name}/{kind}/train/{tokens}/{experts}-experts"
+    cost = expert_mlp_weight_gradient_cost if trained else expert_mlp_gradient_cost
+    # Rows and their gradients as words, and a float32 sum of each of two cores; no expert.
+    temporaries = tokens * d * (2 * 2 + 2 * 4) + 16 * MIB
+    if trained:
+        # Besides, the rows of all blocks there can be; no gradient of a weight but the result.
+        rows = tpu_backward.GradientTiles().rows_for(d)
+        blocks = most_blocks(tokens * choices, experts, rows)
+        temporaries += blocks * rows * kept_row_bytes(d, model.expert_width)
     return Case(
         name=name,
         arguments=_arguments(model, kind, tokens, choices, experts, layers=2)
         | {"gradient": jax.ShapeDtypeStruct((tokens, d), jnp.float32)},
-        cost=expert_mlp_gradient_cost(**_sizes(model, kind, tokens, choices, experts)),
+        cost=cost(**_sizes(model, kind, tokens, choices, experts)),
         protected=("w1", "w2", "w3"),
-        # Rows and their gradients as words, and a float32 sum of each of two cores; no expert.
-        temporaries_limit=tokens * d * (2 * 2 + 2 * 4) + 16 * MIB,
+        temporaries_limit=temporaries,
         representative=name in _CI,
         values=functools.partial(_values, tokens, choices, experts),
     )
@@ -136,6 +161,15 @@ def gradient_cases() -> tuple[Case, ...]:
     return tuple(found)
 
 
+def weight_gradient_cases() -> tuple[Case, ...]:
+    """A device's tokens, were all of them for its share, one of 32; and rows that came to a share of 16, a round."""
+    found = []
+    for model in MODELS:
+        for tokens, choices, shares in ((TRAINING_TOKENS, model.active_experts, 32), (MOST_ROWS, 1, 16)):
+            found.append(_gradient_case(model, "bf16", tokens, choices, model.experts // shares, trained=True))
+    return tuple(found)
+
+
 def unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     """Why no kernel serves these arguments on ``chip``, or None."""
     module = gpu if chip.platform == "cuda" else tpu
@@ -147,6 +181,11 @@ def gradient_unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
     if chip.platform == "cuda":
         return "there is none"
     return tpu_backward.unserved(chip, arguments["x"], *_pairs(arguments))
+
+
+def weight_gradient_unserved(chip: Chip, arguments: Mapping[str, Any]) -> str | None:
+    """The same of the gradient that reaches weights too."""
+    return unserved_weights((arguments["w1"], arguments["w1_scale"])) or gradient_unserved(chip, arguments)
 
 
 def _pairs(arguments: Mapping[str, Any]) -> tuple:
@@ -169,9 +208,29 @@ _GRADIENT_TUNING = {
     )
 }
 
+_WEIGHT_GRADIENT_TUNING = {
+    "tpu": Tuning(
+        shape_class=lambda arguments: tpu_backward.shape_class(arguments["w1"], arguments["w1_scale"]),
+        candidates=lambda chip, arguments: tpu_weight_gradient.candidates(chip),
+        run=lambda tiles: functools.partial(
+            _with_pairs(tpu_backward.expert_mlp_weight_gradient),
+            simulate_activations=False,
+            totals=None,
+            weight_tiles=tiles,
+        ),
+    )
+}
+
 OPERATIONS = (
     Operation("expert_mlp", _with_pairs(expert_mlp), cases, unserved, _TUNING),
     Operation(
         "expert_mlp_gradient", _with_pairs(expert_mlp_gradient), gradient_cases, gradient_unserved, _GRADIENT_TUNING
+    ),
+    Operation(
+        "expert_mlp_weight_gradient",
+        _with_pairs(expert_mlp_weight_gradient),
+        weight_gradient_cases,
+        weight_gradient_unserved,
+        _WEIGHT_GRADIENT_TUNING,
     ),
 )

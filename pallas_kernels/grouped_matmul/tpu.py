@@ -183,7 +183,7 @@ def _kernel(plan: Plan, layer, expert, first, size, tokens, routing, *refs):
         weight = jnp.concatenate([scales[at, :]] * (plan.tile // LANES), axis=1)
         hidden = (clamped_swiglu(gate, up, plan.limit) * weight).astype(jnp.bfloat16)
         if plan.simulate:
-            hidden = _simulate_fp8(hidden)
+            hidden = simulate_fp8(hidden)
         return tpu_decode.split_even_odd(hidden, permutation[...]) if plan.packed else hidden
 
     w1, w3, w2 = tpu_weights.decode(plan, weights, decoded, core * plan.tiles + tile, tile == 0)
@@ -211,7 +211,7 @@ def _product(rows, matrix):
     return lax.dot_general(rows, matrix, _TRANSPOSED, preferred_element_type=jnp.float32)
 
 
-def _simulate_fp8(x):
+def simulate_fp8(x):
     """bfloat16 [R, C] through E4M3 with one power-of-two scale per 128 columns, rounded up, as ``simulate_fp8``."""
     groups = []
     for i in range(0, x.shape[1], LANES):

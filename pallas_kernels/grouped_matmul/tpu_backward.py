@@ -5,6 +5,9 @@ and W2 once for five products: gate and up again, the gradient of the hidden act
 other dim), and what those of gate and up add to the rows' (W1's and W3's). To keep gate and up instead would spare two
 products and no byte of weights, and move 8 bytes per row and column of M, held from the forward pass on.
 
+Where weights are trained, the same pass leaves the rows of its blocks in HBM, and the gradients of gate and up and the
+inputs of W2 with them, 2 bytes per number: what ``tpu_weight_gradient`` makes those of the matrices from.
+
 A token's experts are added in ascending order of expert, and a row's arithmetic involves no other row. The gradients
 of routing weights stay in VMEM until all are there.
 """
@@ -21,10 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_v4.nn.swiglu import clamped_swiglu
 from pallas_kernels import tpu_decode
 from pallas_kernels.grouped_matmul import tpu_weights
-from pallas_kernels.grouped_matmul.cost import kernel_gradient_bytes
+from pallas_kernels.grouped_matmul.blocks import Blocks
+from pallas_kernels.grouped_matmul.cost import kept_row_bytes, kernel_gradient_bytes
+from pallas_kernels.grouped_matmul.tpu import simulate_fp8
 from pallas_kernels.grouped_matmul.tpu_call import blocks_of, call
 from pallas_kernels.grouped_matmul.tpu_plan import LANES, Plan, in_parts, kind_of, plan_of
 from pallas_kernels.grouped_matmul.tpu_rows import RowTraffic, row_halves, row_words
+from pallas_kernels.grouped_matmul.tpu_weight_gradient import BlockRows, WeightTiles, default_tiles, weight_gradients
 from pallas_kernels.grouped_matmul.unserved import unserved_inputs
 from pallas_kernels.targets import Chip, current_chip
 from pallas_kernels.tuned import tuned
@@ -54,6 +60,10 @@ class GradientTiles:
     products: tuple[int, ...] = (128, 256)
     columns: int = 1024
     assignments: int = 65536
+
+    def rows_for(self, hidden: int) -> int:
+        """The most rows of a block of this hidden size."""
+        return next((r for r in self.rows if r * hidden * _BYTES_PER_NUMBER <= self.row_memory), self.rows[-1])
 
 
 CANDIDATES = (
@@ -105,40 +115,93 @@ def expert_mlp_gradient(
     cores=None,
 ):
     """See ``pallas_kernels.grouped_matmul.expert_mlp_gradient``; ``tiles`` and ``cores`` default to the chip's."""
-    if layer is None:
-        w1, w2, w3 = (tuple(None if a is None else a[None] for a in w) for w in (w1, w2, w3))
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    (w1, w2, w3), layer = _stacked((w1, w2, w3), layer)
     chip = None if interpret else current_chip()
     tiles = tiles or _tiles(chip, w1)
-    most = next((r for r in tiles.rows if r * x.shape[1] * _BYTES_PER_NUMBER <= tiles.row_memory), tiles.rows[-1])
 
     def run(gradient, x, expert_ids, expert_weights):
-        plan = plan_of(
-            x,
-            expert_ids,
-            w1,
-            limit=limit,
-            simulate=False,
-            rows=most,
-            products=tiles.products,
-            tile=tiles.width,
-            down=tiles.columns,
-            chip=chip,
-            cores=cores,
-        )
-        return _call(plan, gradient, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret)
+        plan = _plan(tiles, x, expert_ids, w1, limit=limit, simulate=False, chip=chip, cores=cores)
+        found, _, _ = _call(plan, gradient, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret)
+        return found
 
     rows = (gradient, x, expert_ids, expert_weights)
-    return in_parts(run, rows, max(1, tiles.assignments // expert_ids.shape[1]))
+    return in_parts(run, rows, _most_rows(tiles, expert_ids))
 
 
-def _call(plan: Plan, gradient, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret):
+def expert_mlp_weight_gradient(
+    gradient,
+    x,
+    expert_ids,
+    expert_weights,
+    w1,
+    w2,
+    w3,
+    *,
+    limit,
+    simulate_activations,
+    layer,
+    totals,
+    tiles: GradientTiles | None = None,
+    weight_tiles: WeightTiles | None = None,
+    interpret=False,
+    cores=None,
+):
+    """See ``pallas_kernels.grouped_matmul.expert_mlp_weight_gradient``; the sizes default to the chip's."""
+    (w1, w2, w3), layer = _stacked((w1, w2, w3), layer)
+    chip = None if interpret else current_chip()
+    tiles = tiles or _tiles(chip, w1)
+    weight_tiles = weight_tiles or tuned("expert_mlp_weight_gradient", chip, shape_class(*w1), default_tiles(chip))
+
+    def run(gradient, x, expert_ids, expert_weights):
+        nonlocal totals
+        plan = _plan(tiles, x, expert_ids, w1, limit=limit, simulate=bool(simulate_activations), chip=chip, cores=cores)
+        arguments = (gradient, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret)
+        found, blocks, rows = _call(plan, *arguments, keep=True)
+        options = {"tiles": weight_tiles, "cores": plan.cores, "interpret": interpret}
+        totals = weight_gradients(rows, blocks.expert, blocks.size, plan.experts, totals, **options)
+        return found
+
+    rows = (gradient, x, expert_ids, expert_weights)
+    return *in_parts(run, rows, _most_rows(tiles, expert_ids)), totals
+
+
+def _stacked(weights, layer):
+    """The weights as a stack of layers, and the index of the one in use."""
+    if layer is None:
+        weights = tuple(tuple(None if a is None else a[None] for a in w) for w in weights)
+    return weights, jnp.asarray(0 if layer is None else layer, jnp.int32)
+
+
+def _plan(tiles: GradientTiles, x, expert_ids, w1, *, limit, simulate, chip, cores) -> Plan:
+    return plan_of(
+        x,
+        expert_ids,
+        w1,
+        limit=limit,
+        simulate=simulate,
+        rows=tiles.rows_for(x.shape[1]),
+        products=tiles.products,
+        tile=tiles.width,
+        down=tiles.columns,
+        chip=chip,
+        cores=cores,
+    )
+
+
+def _most_rows(tiles: GradientTiles, expert_ids) -> int:
+    return max(1, tiles.assignments // expert_ids.shape[1])
+
+
+def _call(
+    plan: Plan, gradient, x, expert_ids, expert_weights, w1, w2, w3, layer, interpret, keep=False
+) -> tuple[tuple[jax.Array, jax.Array], Blocks, BlockRows | None]:
+    """((dx, drouting), the blocks, and if they are to be kept the rows that gradients of weights are made from)."""
     hidden = plan.hidden
     blocks = blocks_of(plan, expert_ids, expert_weights)
     token, choice = jnp.divmod(blocks.assignment, plan.choices)
     of_routing = jax.ShapeDtypeStruct((plan.cores, -(-expert_ids.size // LANES), LANES), jnp.float32)
-    of_rows, of_first = call(
-        functools.partial(_kernel, plan),
+    of_rows, of_first, *kept = call(
+        functools.partial(_kernel, plan, keep),
         plan,
         blocks,
         token << _choice_bits(plan) | choice,
@@ -153,19 +216,31 @@ def _call(plan: Plan, gradient, x, expert_ids, expert_weights, w1, w2, w3, layer
             pltpu.VMEM((plan.rows, LANES), jnp.float32),  # gradients of the routing weights so far, one part per lane
             pltpu.VMEM((plan.rows, hidden), jnp.float32),  # gradients of the rows so far
             pltpu.VMEM((plan.rows, hidden), jnp.float32),  # rows of the result
-            pltpu.SemaphoreType.DMA((3,)),
+            pltpu.SemaphoreType.DMA((5 if keep else 3,)),
         ],
-        results=[(of_routing, pl.BlockSpec((None, *of_routing.shape[1:]), lambda core, *_: (core, 0, 0)))],
+        results=[
+            (of_routing, pl.BlockSpec((None, *of_routing.shape[1:]), lambda core, *_: (core, 0, 0))),
+            *(_kept_rows(plan, blocks) if keep else ()),
+        ],
         flops=10 * plan.served * hidden * plan.width,
-        moved=kernel_gradient_bytes(**plan.sizes),
-        vmem_bytes=_vmem_bytes(plan),
-        name="expert_mlp_gradient",
+        moved=kernel_gradient_bytes(**plan.sizes) + (plan.served * kept_row_bytes(hidden, plan.width) if keep else 0),
+        vmem_bytes=_vmem_bytes(plan) + (2 * 3 * 2 * plan.rows * plan.tile if keep else 0),
+        name="expert_mlp_weight_gradient" if keep else "expert_mlp_gradient",
         interpret=interpret,
     )
     # Cores in their order: the sum of two float32 numbers, whatever the batch.
     of_rows, of_first = (functools.reduce(jnp.add, list(of_core)) for of_core in (of_rows, of_first))
     of_first = of_first.reshape(-1)[: expert_ids.size].reshape(expert_ids.shape)
-    return of_rows, _of_every_choice(expert_ids, of_first, plan.experts)
+    found = of_rows, _of_every_choice(expert_ids, of_first, plan.experts)
+    return found, blocks, BlockRows(*kept) if keep else None
+
+
+def _kept_rows(plan: Plan, blocks: Blocks) -> list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
+    """The results of ``BlockRows``: whole rows, which the kernel sends itself, and a tile's columns of M."""
+    count, rows = blocks.expert.size, plan.rows
+    whole = (jax.ShapeDtypeStruct((count, rows, plan.hidden), jnp.bfloat16), pl.BlockSpec(memory_space=pltpu.HBM))
+    tile = pl.BlockSpec((None, rows, plan.tile), lambda core, block, j, *_: (block, 0, core * plan.tiles + j))
+    return [whole, whole, *[(jax.ShapeDtypeStruct((count, rows, plan.width), jnp.bfloat16), tile)] * 3]
 
 
 def _of_every_choice(expert_ids, of_first, experts: int):
@@ -179,10 +254,11 @@ def _choice_bits(plan: Plan) -> int:
     return (plan.choices - 1).bit_length()
 
 
-def _kernel(plan: Plan, layer, expert, first, size, place, routing, *refs):
+def _kernel(plan: Plan, keep: bool, layer, expert, first, size, place, routing, *refs):
     per_weight = tpu_weights.operands_per_weight(plan)
     weights = [refs[i * per_weight : (i + 1) * per_weight] for i in range(3)]
-    permutation, source, _, result, of_routing, *scratch = refs[3 * per_weight :]
+    permutation, source, _, result, of_routing, *others = refs[3 * per_weight :]
+    kept, scratch = (BlockRows(*others[:5]), others[5:]) if keep else (None, others)
     words, x, gradient, scales, parts, total, sums, semaphores, *decoded = scratch
     core, tile = pl.program_id(0), pl.program_id(2)
     hidden, last_tile = plan.hidden, plan.tiles - 1
@@ -217,6 +293,16 @@ def _kernel(plan: Plan, layer, expert, first, size, place, routing, *refs):
 
     pl.when(tile == 0)(lambda: traffic.begin_block(put_routing, unpack))
     pl.when(tile == min(1, last_tile))(traffic.begin_sums)
+
+    def keep_rows(act):
+        """``act`` on the transfers of this block's rows, which the first core makes."""
+        for i, (rows, target) in enumerate(((x, kept.x), (gradient, kept.gradient))):
+            copy = pltpu.make_async_copy(rows, target.at[pl.program_id(1)], semaphores.at[3 + i])
+            pl.when(core == 0)(functools.partial(act, copy))
+
+    if keep:
+        pl.when(tile == 0)(lambda: keep_rows(lambda copy: copy.start()))
+
     w1, w3, w2 = tpu_weights.decode(plan, weights, decoded, core * plan.tiles + tile, tile == 0)
 
     def multiply(at):
@@ -229,6 +315,10 @@ def _kernel(plan: Plan, layer, expert, first, size, place, routing, *refs):
         parts[at, :] += functools.reduce(jnp.add, [along[:, i : i + LANES] for i in range(0, plan.tile, LANES)])
         weight = jnp.concatenate([scales[at, :]] * (plan.tile // LANES), axis=1)
         of_gate, of_up = (d.astype(jnp.bfloat16) for d in pull(of_hidden * weight))
+        if keep:
+            inputs = (active * weight).astype(jnp.bfloat16)
+            kept.of_gate[at, :], kept.of_up[at, :] = of_gate, of_up
+            kept.hidden[at, :] = simulate_fp8(inputs) if plan.simulate else inputs
 
         def add_columns(i, _):
             start = pl.multiple_of(i * plan.down, plan.down)
@@ -260,6 +350,8 @@ def _kernel(plan: Plan, layer, expert, first, size, place, routing, *refs):
     def end():
         traffic.end_block(add)
         traffic.each_row(put_of_routing)
+        if keep:
+            keep_rows(lambda copy: copy.wait())
 
 
 def _product(a, b, dims):

@@ -16,3 +16,8 @@ def unserved_inputs(x: jax.Array, w1: tuple[jax.Array, jax.Array | None], *, ada
     if x.shape[0] == 0:
         return "there are no rows"
     return None
+
+
+def unserved_weights(w1: tuple[jax.Array, jax.Array | None]) -> str | None:
+    """Why weights have no gradient of their own, or None: packed ones are constants."""
+    return None if w1[1] is None else "packed weights are constants"

@@ -381,7 +381,7 @@ def test_the_kernel_rounds_activations_as_the_format_does():
     x[2, 0], x[3, 0], x[4] = 448, 448 * (1 + 2.0**-7), 1e-6
     x = jnp.asarray(x, jnp.bfloat16)
     np.testing.assert_array_equal(
-        np.asarray(tpu._simulate_fp8(x), np.float32), np.asarray(formats.simulate_fp8(x, 128), np.float32)
+        np.asarray(tpu.simulate_fp8(x), np.float32), np.asarray(formats.simulate_fp8(x, 128), np.float32)
     )
 
 
