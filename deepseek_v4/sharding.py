@@ -167,7 +167,11 @@ class Placement:
 
     def gather_tokens(self, x: jax.Array) -> jax.Array:
         """x [B, S, ...] with whole rows on every device; the gradient goes back to tokens as between sublayers."""
-        return self._moved(x, ("batch",), self.tokens(x.shape[1]))
+        split = self.tokens(x.shape[1])
+        if not split[1]:
+            return x
+        # Said of x too: a partitioner may else gather what x is made from, and make all of it on every device.
+        return self._moved(self.constrain(x, split), ("batch",), split)
 
     def shift_tokens(self, x: jax.Array, before: jax.Array) -> jax.Array:
         """x [B, S, ...] with each token's place taken by the one before it, the first by ``before`` [B, 1, ...].

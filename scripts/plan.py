@@ -28,6 +28,7 @@ from deepseek_v4.dispatch import Precision, exchange_of
 from deepseek_v4.planning import report
 from deepseek_v4.planning.planner import Plan, Search, advice_lines, advise, explain, plan, search
 from deepseek_v4.planning.pods import pod_file
+from deepseek_v4.planning.program import Level, compile_setting
 from deepseek_v4.planning.topology import Topology, parse_topology
 from deepseek_v4.planning.workload import Setting, Workload, WorkloadError
 from deepseek_v4.sharding import parse_mesh
@@ -76,6 +77,8 @@ class Arguments:
     """Train adapters of this rank beside the released weights, instead of all weights."""
     compile: bool = False
     """Compile the real program for the slice and compare."""
+    compile_level: Level | None = None
+    """How much the compiler optimises: less is faster. Default: O1 for training on TPUs, else the compiler's own."""
     picture: Path | None = None
     """Draw memory by mesh and time by layer to this image file."""
     json: Path | None = None
@@ -122,10 +125,8 @@ def run(args: Arguments, console: Console) -> int:
     compiled = None
     agrees = True
     if args.compile:
-        from deepseek_v4.planning.program import compile_setting
-
         try:
-            compiled = compile_setting(best.setting)
+            compiled = compile_setting(best.setting, args.compile_level)
         except Exception as error:  # whatever the compiler threw is the answer: it may say how much is missing
             console.print(f"the compiler refuses: {_message(error)}", style="red", markup=False, highlight=False)
             agrees = False

@@ -198,11 +198,35 @@ class PlainLinear(nnx.Module):
 def plain_matmul(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """x [..., K] times weight [N, K] transposed, in ``dtype`` with float32 accumulation."""
     dtype = jnp.dtype(dtype)
-    out = jnp.einsum(
-        "...k,nk->...n",
-        x.astype(dtype),
-        weight.astype(dtype),
-        precision=dot_precision(dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return out.astype(dtype)
+    if dtype == jnp.float32 and x.dtype == weight.dtype == jnp.bfloat16:
+        return _bfloat16_in_float32(x, weight)
+    return _matmul(x.astype(dtype), weight.astype(dtype)).astype(dtype)
+
+
+def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...k,nk->...n", x, weight, precision=dot_precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _bfloat16_in_float32(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The float32 product of bfloat16 operands, whose products float32 holds exactly.
+
+    Hardware of bfloat16 multiplies float32 in six passes, of which these need one. Gradients are float32 and multiply
+    as such.
+    """
+    return jax.lax.platform_dependent(x, weight, cpu=_widened, default=_matmul)
+
+
+def _widened(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _matmul(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def _bfloat16_forward(x, weight):
+    return _bfloat16_in_float32(x, weight), (x, weight)
+
+
+def _bfloat16_backward(saved, gradient):
+    return jax.vjp(_widened, *saved)[1](gradient)
+
+
+_bfloat16_in_float32.defvjp(_bfloat16_forward, _bfloat16_backward)

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_v4.config import Config
-from deepseek_v4.nn.variables import Weight
+from deepseek_v4.nn.variables import Packed
 from deepseek_v4.parameters import flatten
 from deepseek_v4.planning.memory import GIB, Memory, memory
 from deepseek_v4.planning.roofline import Stage, prompt_seconds, seconds_by_limit, stages, step_seconds
@@ -98,15 +97,16 @@ def check(setting: Setting) -> None:
 
 
 def experts_unserved(setting: Setting) -> str | None:
-    """Why the kernel for packed experts does not serve a device's shard of them, or None; GPUs have no such kernel."""
+    """Why the kernel for packed experts does not serve a device's shard of them, or None; nobody copies others.
+
+    XLA's programs for GPUs do not copy packed experts either.
+    """
     chip = setting.topology.chip
-    if chip.platform != "tpu":
-        return None
     layer = flatten(next(iter(setting.descriptions.layers.values())))
-    w1, w2 = (
-        (jax.ShapeDtypeStruct(setting.used_shard(spec), jnp.bfloat16 if spec.kind is Weight else spec.dtype), spec)
-        for spec in (layer[("ffn", "experts", name, "weight")] for name in ("w1", "w2"))
-    )
+    specs = [layer[("ffn", "experts", name, "weight")] for name in ("w1", "w2")]
+    if chip.platform != "tpu" or specs[0].kind is not Packed:
+        return None
+    w1, w2 = ((jax.ShapeDtypeStruct(setting.used_shard(spec), spec.dtype), spec) for spec in specs)
     rows = setting.rows * setting.workload.tokens
     x: Any = jax.ShapeDtypeStruct((rows, setting.config.hidden_size), setting.model().execution.activation_dtype)
     return unserved(chip, x, w1, w2)

@@ -4,12 +4,14 @@ Nothing is run and nothing is timed but the compiler itself. Use a process of it
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
 import re
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,10 @@ COLLECTIVES = (
 )
 
 
+Level = Literal["O0", "O1", "O2", "O3"]
+"""How much a compiler optimises for execution time: JAX's ``jax_optimization_level``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """Collectives of one kind that one step runs: how often, and the bytes of their results on a device, added up."""
@@ -40,7 +46,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says about one device's program, in bytes; ``seconds`` are the compiler's own running time."""
+    """What the compiler says about one device's program, in bytes; ``seconds`` are the compiler's own running time.
+
+    ``level`` is what it was asked to optimise (None: its default).
+    """
 
     arguments: int
     aliased: int
@@ -48,6 +57,7 @@ class Compiled:
     temporaries: int
     peak: int
     seconds: float
+    level: Level | None
     collectives: tuple[Collective, ...]
 
     @property
@@ -56,15 +66,25 @@ class Compiled:
         return self.outputs - self.aliased
 
 
-def compile_setting(setting: Setting) -> Compiled:
+def default_level(setting: Setting) -> Level | None:
+    """O1 for training steps on TPUs: libtpu 0.0.42 otherwise spends most of its time on the code of their products.
+
+    Buffers and collectives are chosen before there is code (``docs/pods.md`` compares both).
+    """
+    return "O1" if setting.workload.phase == "train" and setting.topology.chip.platform == "tpu" else None
+
+
+def compile_setting(setting: Setting, level: Level | None = None) -> Compiled:
     """Compiles the step of a setting for its slice, with the model's own functions and kernels.
 
-    Raises what the compiler raises: a TPU program that does not fit is an error that says by how much.
+    ``level`` is ``default_level`` by default. Raises what the compiler raises: a TPU program that does not fit is an
+    error that says by how much.
     """
+    level = level or default_level(setting)
     devices = abstract_devices(setting.topology.chip_name, setting.topology.grid)
     placement = setting.place(make_mesh(setting.sizes, devices))
     begin = time.perf_counter()
-    with jax.set_mesh(placement.mesh):
+    with jax.set_mesh(placement.mesh), _optimising(level):
         compiled = lower_step(setting, placement).compile()
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
@@ -78,8 +98,19 @@ def compile_setting(setting: Setting) -> Compiled:
         # The compiler for GPUs may report no peak.
         peak=int(memory.peak_memory_in_bytes) or arguments + outputs - aliased + temporaries,
         seconds=round(seconds, 1),
+        level=level,
         collectives=collectives(compiled.as_text()),
     )
+
+
+@contextlib.contextmanager
+def _optimising(level: Level | None) -> Iterator[None]:
+    before = jax.config.values["jax_optimization_level"]
+    jax.config.update("jax_optimization_level", level or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
 
 
 def step_arguments(setting: Setting, placement: Placement) -> tuple[Any, ...]:

@@ -100,7 +100,8 @@ def search_table(found: Search, count: int = 12) -> Table:
 
 def compiled_table(compiled: Compiled, layers: int) -> Table:
     """Collectives that the compiled step runs."""
-    table = Table(title=f"Compiled in {compiled.seconds:,.0f} s; collectives of one step on one device")
+    level = f" at level {compiled.level}" if compiled.level else ""
+    table = Table(title=f"Compiled in {compiled.seconds:,.0f} s{level}; collectives of one step on one device")
     table.add_column("kind")
     for column in ("times", "per layer", "MiB in all", "largest MiB"):
         table.add_column(column, justify="right")

@@ -3,8 +3,8 @@
 What a device multiplies and reads is taken from its shards of the parameters that the model describes, so a change of
 the sharding rules changes the plan. Times are limits from published peaks, not predictions: parts of a layer follow one
 another, within a part memory and arithmetic overlap fully, collectives overlap with nothing. Arithmetic is what this
-project's kernels do on every chip: packed weights are multiplied in bfloat16, compressors, router and residual mixing
-in float32.
+project's kernels do on every chip: packed weights are multiplied in bfloat16, residual mixing in float32, and so are
+compressors and router where an operand or a gradient is float32 (float32 sums of bfloat16 operands are the same).
 """
 
 import collections
@@ -157,6 +157,16 @@ def _passes(setting: Setting) -> tuple[float, float]:
     return (4 if setting.workload.lora is None else 3), 3
 
 
+def _float32_passes(setting: Setting, spec: ParameterSpec) -> float:
+    """How many of the products of a weight that makes float32 have an operand that is float32.
+
+    None of bfloat16 rows and weights; all with a float32 master; beside adapters that of the gradient alone.
+    """
+    if setting.workload.phase != "train":
+        return 0
+    return _passes(setting)[0] if spec.dtype == jnp.float32 else 1
+
+
 def _layer(setting: Setting, described: Mapping[str, Any], spec: LayerSpec, context: int) -> Iterator[Part]:
     config, placement, work = setting.config, setting.placement, setting.workload
     flat = flatten(described)
@@ -240,10 +250,11 @@ def _linears(
         if spec.role not in ("linear", "matrix", "adapter"):
             continue
         out, inputs = setting.used_shard(spec)
-        kind = "float32" if {"compressor", "gate"} & set(path) else "bfloat16"
+        wide = _float32_passes(setting, spec) if {"compressor", "gate"} & set(path) else 0
         whole = "wq_b" in path
         own = tokens // (1 if whole else setting.placement.token_shards(setting.workload.tokens, spec.axes))
-        operations[kind] += multiplied * 2 * own * out * inputs
+        operations["float32"] += wide * 2 * own * out * inputs
+        operations["bfloat16"] += (multiplied - wide) * 2 * own * out * inputs
         size += own * (out + inputs) * _activation_bytes()
     return Part(name, operations, moved * size)
 
