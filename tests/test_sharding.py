@@ -148,11 +148,15 @@ def test_decode_moves_tokens_to_experts():
     assert found["all-reduce"].bytes <= (3 * 3 + 1 + 2) * row
 
 
-def test_rows_are_split_between_sublayers():
-    """A chunk of a prompt over experts and width: streams stay where they are, latents and sublayer inputs travel."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_split_between_sublayers(dtype):
+    """A chunk of a prompt over experts and width: streams stay where they are, latents and sublayer inputs travel.
+
+    CPUs gather bfloat16 as float32, so that bytes are the same.
+    """
     # Whole scale blocks on every device, as in the released models.
     config = dataclasses.replace(CONFIG, q_lora_rank=128, o_lora_rank=64, hc_sinkhorn_iters=2)
-    model = Model(config, RELEASED, Execution(dtype="float32", placement=placement("expert=2,tensor=2")))
+    model = Model(config, RELEASED, Execution(dtype=dtype, placement=placement("expert=2,tensor=2")))
     rows, length, width = 2, 64, config.hidden_size
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     step = jax.jit(functools.partial(model.forward, draft=True, last_only=True), donate_argnums=2)
