@@ -42,19 +42,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "topology", "mesh", "workload", "batch", "context", "limit"), CASES)
-def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, workload, batch, context, limit):
+def _compiled(tmp_path, model, topology, mesh, workload, batch, context, *options):
+    """What ``scripts/plan.py --compile`` reports of the plan and of the compiler, which must agree."""
     out = tmp_path / "plan.json"
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(_ROOT)}
     command = [sys.executable, str(_ROOT / "scripts" / "plan.py"), "--model", model, "--topology", topology]
     command += ["--mesh", mesh, "--workload", workload, "--batch", str(batch), "--context", str(context)]
-    command += ["--compile", "--json", str(out)]
+    command += ["--compile", "--json", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     # The exit code says that the plan fits, arguments agree to the byte and the peak within 15 %.
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     report = json.loads(out.read_text())
-    planned, compiled = report["plans"][0], report["compiled"]
+    return report["plans"][0], report["compiled"]
+
+
+@pytest.mark.parametrize(("model", "topology", "mesh", "workload", "batch", "context", "limit"), CASES)
+def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, workload, batch, context, limit):
+    planned, compiled = _compiled(tmp_path, model, topology, mesh, workload, batch, context)
     assert compiled["arguments"] == planned["argument_bytes"]
     # The cache is updated in place.
     assert compiled["aliased"] >= planned["arguments"]["cache"]
@@ -90,3 +95,20 @@ def test_compiled_step_is_what_was_planned(tmp_path, model, topology, mesh, work
             assert moved["times"] <= sum(spec.indexer for spec in specs)
             assert moved["largest"] <= rows * max(queries, 4 * config.index_topk)
     assert max(moved["largest"] for moved in (sums, *found.values())) <= 64 * _MIB
+
+
+@pytest.mark.slow
+@needs("v6e:16x16")
+@pytest.mark.parametrize(
+    ("topology", "mesh", "batch", "options"),
+    [
+        ("v6e:16x16", "data=8,expert=32", 256, ["--expert-parallel"]),
+        ("v6e:8x8", "data=32,expert=2", 64, ["--lora", "16"]),
+    ],
+    ids=["all weights", "adapters"],
+)
+def test_compiled_training_step_is_what_was_planned(tmp_path, topology, mesh, batch, options):
+    planned, compiled = _compiled(tmp_path, "flash", topology, mesh, "train", batch, 4096, *options)
+    assert compiled["arguments"] == planned["argument_bytes"]
+    # What is trained is updated in place.
+    assert compiled["aliased"] == planned["arguments"]["trained weights"] + planned["arguments"]["optimizer"]
