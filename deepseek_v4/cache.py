@@ -84,20 +84,16 @@ def layer_cache_shapes(
             return ((rows, config.head_dim), dtype)
         rope = config.qk_rope_head_dim
         content = config.head_dim - rope
-        scales = -(-content // KV_BLOCK)
         if layout == "columns" and not selected:
-            words = (content // 4, rope // 2, -(-scales // 4))
+            words = (content // 4, rope // 2, -(-content // (4 * KV_BLOCK)))
             return KVColumns(*(((count, rows), jnp.dtype(jnp.uint32)) for count in words))
         if layout == "columns" and KVWords.holds(config.head_dim, rope):
             width = config.head_dim // 4
             shared = rows * rope // (2 * width)
             return KVWords(*(((count, width), jnp.dtype(jnp.uint32)) for count in (rows, shared)))
-        scales += -(content + 2 * rope + scales) % 8
-        return KVRows(
-            ((rows, content), jnp.dtype(jnp.float8_e4m3fn)),
-            ((rows, rope), jnp.dtype(jnp.bfloat16)),
-            ((rows, scales), jnp.dtype(jnp.float8_e8m0fnu)),
-        )
+        kinds = (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float8_e8m0fnu)
+        widths = KVRows.widths(config.head_dim, rope)
+        return KVRows(*(((rows, width), jnp.dtype(kind)) for width, kind in zip(widths, kinds, strict=True)))
 
     def key_rows(rows: int) -> Any:
         dim = config.index_head_dim

@@ -42,6 +42,13 @@ class KVRows(NamedTuple):
     rope: Any
     scales: Any
 
+    @staticmethod
+    def widths(width: int, rope: int) -> tuple[int, int, int]:
+        """Codes, RoPE dims and scales of rows of ``width`` numbers, the last ``rope`` of which are rotated."""
+        content = width - rope
+        scales = -(-content // KV_BLOCK)
+        return content, rope, scales + -(content + 2 * rope + scales) % 8
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the rows they stand for."""

@@ -97,9 +97,9 @@ def check(setting: Setting) -> None:
 
 
 def experts_unserved(setting: Setting) -> str | None:
-    """Why the kernel for packed experts does not serve a device's shard of them, or None; nobody copies others.
+    """Why the kernel for packed experts does not serve a device's shard of them, or None where that costs no copy.
 
-    XLA's programs for GPUs do not copy packed experts either.
+    XLA's TPU compiler alone copies packed experts, and plain ones (of training) nobody does.
     """
     chip = setting.topology.chip
     layer = flatten(next(iter(setting.descriptions.layers.values())))

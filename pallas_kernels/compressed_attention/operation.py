@@ -98,13 +98,10 @@ def _case(
 
 def _rows(model: ModelShape, batch: int, total: int) -> KVRows:
     """Rows in the bytes of the release, 584 of them at a head_dim of 512."""
-    content, rope = model.head_dim - model.rope_dims, model.rope_dims
-    scales = -(-content // KV_BLOCK)
-    scales += -(content + 2 * rope + scales) % 8
+    kinds = (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float8_e8m0fnu)
+    widths = KVRows.widths(model.head_dim, model.rope_dims)
     return KVRows(
-        jax.ShapeDtypeStruct((_LAYERS, batch, total, content), jnp.float8_e4m3fn),
-        jax.ShapeDtypeStruct((_LAYERS, batch, total, rope), jnp.bfloat16),
-        jax.ShapeDtypeStruct((_LAYERS, batch, total, scales), jnp.float8_e8m0fnu),
+        *(jax.ShapeDtypeStruct((_LAYERS, batch, total, n), kind) for n, kind in zip(widths, kinds, strict=True))
     )
 
 

@@ -11,7 +11,8 @@ from small_models import FLASH_LIKE, small_config
 
 from deepseek_v4 import Config
 from deepseek_v4.planning.memory import memory, trained_specs
-from deepseek_v4.planning.program import step_arguments
+from deepseek_v4.planning.planner import experts_unserved
+from deepseek_v4.planning.program import default_level, step_arguments
 from deepseek_v4.planning.roofline import stages
 from deepseek_v4.planning.topology import HOP_SECONDS, parse_topology
 from deepseek_v4.planning.workload import Setting, Workload
@@ -24,6 +25,20 @@ FLASH = Config.from_file(Path(__file__).parents[2] / "configs" / "flash")
 
 def setting(topology, mesh, workload, config=SMALL):
     return Setting.of(config, parse_topology(topology), parse_mesh(mesh), workload)
+
+
+def test_experts_that_are_not_packed_need_no_kernel():
+    """A width of 128 is below the kernel's tiles: packed experts are refused, masters are planned."""
+    small = dataclasses.replace(SMALL, hidden_size=256, moe_intermediate_size=128)
+    masters = setting("v6e:2x2", "data=2,expert=2", Workload("train", 4, 256), small)
+    assert experts_unserved(masters) is None
+    assert experts_unserved(dataclasses.replace(masters, workload=Workload("train", 4, 256, lora=8))) is not None
+
+
+def test_training_steps_for_tpus_are_compiled_at_a_lower_level():
+    step, decode = Workload("train", 8, 256), Workload("decode", 8, 256)
+    levels = [default_level(setting(*case)) for case in (("v6e:2x4", "data=8", step), ("v6e:2x4", "data=8", decode))]
+    assert [*levels, default_level(setting("h200:8", "data=8", step))] == ["O1", None, None]
 
 
 def test_training_keeps_masters_and_moments_cut_over_data():
